@@ -1,0 +1,204 @@
+"""Lets megatron-core 0.16.1 run on a CPU-only torch over gloo; does nothing where a GPU is present.
+
+All patches of third-party code live here and nowhere else. Each says which assumption it lifts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import logging
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+_CPU = torch.device("cpu")
+_FACTORIES = (
+    "zeros empty ones full tensor arange rand randn linspace zeros_like empty_like ones_like full_like"
+).split()
+_installed = False
+
+
+def install() -> None:
+    """Patch torch.cuda's bookkeeping and megatron-core's CUDA assumptions, once, where there is no GPU.
+
+    Must run before the first import of megatron.core.
+    """
+    global _installed
+    if _installed or torch.cuda.is_available():
+        return
+    _installed = True
+    _import_megatron_uncompiled()
+    _answer_for_cuda_runtime()
+    _redirect_cuda_tensors()
+    _patch_random_state()
+    _patch_norm_under_sequence_parallel()
+    _patch_moe()
+    _patch_optimizer()
+
+
+class _Stream:
+    """A stream that is always done: CPU kernels run in program order."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+    def wait_stream(self, stream: Any) -> None: ...
+    def wait_event(self, event: Any) -> None: ...
+    def synchronize(self) -> None: ...
+
+    def query(self) -> bool:
+        return True
+
+    def record_event(self, event: Any = None) -> Any:
+        return event or _Event()
+
+
+class _Event:
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+    def record(self, stream: Any = None) -> None: ...
+    def wait(self, stream: Any = None) -> None: ...
+    def synchronize(self) -> None: ...
+
+    def query(self) -> bool:
+        return True
+
+    def elapsed_time(self, other: Any) -> float:
+        return 0.0
+
+
+def _import_megatron_uncompiled() -> None:
+    """megatron.core.jit calls torch.compile at import; on CPU that costs minutes and gains nothing."""
+    compile_fn = torch.compile
+    torch.compile = lambda fn=None, **kwargs: fn if fn is not None else (lambda f: f)  # type: ignore[assignment]
+    try:
+        for name in ("models.gpt.gpt_layer_specs", "transformer.moe.moe_layer", "optimizer"):
+            importlib.import_module(f"megatron.core.{name}")
+    finally:
+        torch.compile = compile_fn  # type: ignore[assignment]
+
+
+def _answer_for_cuda_runtime() -> None:
+    cuda: Any = torch.cuda
+    stream = _Stream()
+    cuda.current_device = lambda: _CPU
+    for name in ("set_device", "synchronize", "empty_cache"):  # one function each: dynamo forbids aliases
+        setattr(cuda, name, lambda *args, **kwargs: None)
+    for name in ("current_stream", "default_stream"):
+        setattr(cuda, name, lambda *args, **kwargs: stream)
+    cuda.Stream, cuda.Event = _Stream, _Event
+    cuda.stream = lambda *args, **kwargs: contextlib.nullcontext()
+    cuda.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    cuda.set_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+    cuda.manual_seed = lambda seed: torch.default_generator.manual_seed(int(seed))
+    for name in ("range_push", "range_pop"):
+        setattr(cuda.nvtx, name, lambda *args, **kwargs: None)
+
+
+def _redirect_cuda_tensors() -> None:
+    """Literal device="cuda", .cuda() and pinned memory mean the CPU here."""
+    for name in _FACTORIES:
+        setattr(torch, name, _on_cpu(getattr(torch, name)))
+    tensor: Any = torch.Tensor
+    tensor.cuda = lambda self, *args, **kwargs: self
+    tensor.pin_memory = lambda self, *args: self
+    tensor.record_stream = lambda self, *args: None
+    module: Any = torch.nn.Module
+    module.cuda = lambda self, *args, **kwargs: self
+    original_to = torch.Tensor.to
+
+    def to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if args and _names_cuda(args[0]):
+            args = (_CPU, *args[1:])
+        if _names_cuda(kwargs.get("device")):
+            kwargs["device"] = _CPU
+        return original_to(self, *args, **kwargs)
+
+    tensor.to = to
+
+
+def _names_cuda(device: Any) -> bool:
+    if isinstance(device, torch.device):
+        return device.type == "cuda"
+    return (isinstance(device, int) and not isinstance(device, bool)) or (
+        isinstance(device, str) and device.startswith("cuda")
+    )
+
+
+def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def wrapped(*args: Any, **kwargs: Any) -> torch.Tensor:
+        if _names_cuda(kwargs.get("device")):
+            kwargs["device"] = _CPU
+        if kwargs.get("pin_memory"):
+            kwargs["pin_memory"] = False
+        return factory(*args, **kwargs)
+
+    wrapped.__wrapped__ = factory  # type: ignore[attr-defined]
+    return wrapped
+
+
+def _patch_random_state() -> None:
+    """The RNG tracker forks the CPU generator instead of the CUDA one."""
+    random = importlib.import_module("megatron.core.tensor_parallel.random")
+    random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()  # type: ignore[attr-defined]
+    random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)  # type: ignore[attr-defined]
+    # it warns that the CPU state changes inside a CUDA fork, which is the point here
+    logging.getLogger(random.__name__).setLevel(logging.ERROR)
+
+
+def _patch_norm_under_sequence_parallel() -> None:
+    """The torch norm refuses sequence parallel; its maths is the same, only its weights need the mark."""
+    norm: Any = importlib.import_module("megatron.core.transformer.torch_norm").WrappedTorchNorm
+    build = norm.__new__
+
+    def build_marked(cls: Any, config: Any, *args: Any, **kwargs: Any) -> torch.nn.Module:
+        sequence_parallel, config.sequence_parallel = config.sequence_parallel, False
+        try:
+            module: torch.nn.Module = build(cls, config, *args, **kwargs)
+        finally:
+            config.sequence_parallel = sequence_parallel
+        for parameter in module.parameters():
+            parameter.sequence_parallel = sequence_parallel  # type: ignore[attr-defined]
+        return module
+
+    norm.__new__ = build_marked
+
+
+def _patch_moe() -> None:
+    """moe_utils reads a name that only TE defines, and split sizes become numpy only for CUDA tensors."""
+    moe_utils: Any = importlib.import_module("megatron.core.transformer.moe.moe_utils")
+    dispatcher: Any = importlib.import_module("megatron.core.transformer.moe.token_dispatcher")
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None
+
+    def to_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+    moe_utils.maybe_move_tensor_to_cpu = dispatcher.maybe_move_tensor_to_cpu = to_host
+
+
+def _patch_optimizer() -> None:
+    """Optimizers recognise parameters by the type name torch.cuda.*; loading forgets torch AdamW's step."""
+    original_type = torch.Tensor.type
+
+    def type_name(self: torch.Tensor, dtype: Any = None, **kwargs: Any) -> Any:
+        if dtype is not None:
+            return original_type(self, dtype, **kwargs)
+        name = original_type(self)
+        caller = sys._getframe(1).f_globals.get("__name__", "")
+        return name.replace("torch.", "torch.cuda.", 1) if caller.startswith("megatron.core.optimizer") else name
+
+    torch.Tensor.type = type_name  # type: ignore[assignment, method-assign]
+
+    module = importlib.import_module("megatron.core.optimizer.distrib_optimizer")
+    optimizer: Any = module.DistributedOptimizer
+    set_states = optimizer._set_main_param_and_optimizer_states
+
+    def set_states_with_step(self: Any, model_param: Any, tensors: dict[str, Any]) -> Any:
+        group, index = self.model_param_group_index_map[model_param]
+        state = self.optimizer.state[self.optimizer.param_groups[group]["params"][index]]
+        if torch.is_tensor(state.get("step")):
+            tensors = {"step": state["step"], **tensors}
+        return set_states(self, model_param, tensors)
+
+    optimizer._set_main_param_and_optimizer_states = set_states_with_step

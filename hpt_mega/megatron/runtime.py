@@ -1,0 +1,143 @@
+"""Process groups and collectives of one training process. Who sits where, and how ranks agree."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from hpt_mega.config import Config, ParallelConfig
+from hpt_mega.megatron import cpu
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """This process's place in the parallel layout, and its groups.
+
+    The model-parallel group (tensor x pipeline ranks of one data-parallel replica) works on the same
+    questions; its first rank is `leader`.
+    """
+
+    rank: int
+    world_size: int
+    tp_rank: int
+    tp_size: int
+    pp_rank: int
+    pp_size: int
+    dp_rank: int
+    dp_size: int
+    tp_group: dist.ProcessGroup
+    pp_group: dist.ProcessGroup
+    dp_group: dist.ProcessGroup
+    model_group: dist.ProcessGroup
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.pp_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pp_rank == self.pp_size - 1
+
+    @property
+    def leader(self) -> int:
+        """Global rank of this replica's first rank."""
+        return dist.get_global_rank(self.model_group, 0)
+
+    @property
+    def is_leader(self) -> bool:
+        return self.rank == self.leader
+
+    def stage_rank(self, stage: int) -> int:
+        """Global rank of this process's peer on pipeline stage `stage`."""
+        return dist.get_global_rank(self.pp_group, stage)
+
+    def broadcast_object(self, value: T | None, source: int | None = None) -> T:
+        """Give every rank of this replica the leader's (or global rank `source`'s) object."""
+        box: list[Any] = [value]
+        dist.broadcast_object_list(box, src=self.leader if source is None else source, group=self.model_group)
+        return box[0]
+
+    def sum_over_data(self, values: Sequence[float]) -> list[float]:
+        """Sum numbers (fp64) over the data-parallel ranks."""
+        total = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(total, group=self.dp_group)
+        return total.tolist()
+
+    def max_over_world(self, values: Sequence[float]) -> list[float]:
+        total = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(total, op=dist.ReduceOp.MAX)
+        return total.tolist()
+
+    def gather_over_data(self, value: T) -> list[T]:
+        """The same object of every data-parallel rank, in rank order."""
+        box: list[Any] = [None] * self.dp_size
+        dist.all_gather_object(box, value, group=self.dp_group)
+        return box
+
+
+def initialize(cfg: Config) -> Layout:
+    """Join the job: default process group, Megatron's groups, seeds. Call once per process."""
+    cpu.install()
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(seconds=cfg.trainer.deadline_s))
+    layout = _build_groups(cfg.parallel)
+    _seed(cfg, layout)
+    return layout
+
+
+def shutdown() -> None:
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _build_groups(parallel: ParallelConfig) -> Layout:
+    from megatron.core import parallel_state as ps
+
+    if dist.get_world_size() != parallel.world_size:
+        raise ValueError(
+            f"{dist.get_world_size()} processes were started, but parallel.tp x pp x dp = "
+            f"{parallel.tp} x {parallel.pp} x {parallel.dp} = {parallel.world_size}; start that many"
+        )
+    ps.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tp, pipeline_model_parallel_size=parallel.pp
+    )
+    return Layout(
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        tp_rank=ps.get_tensor_model_parallel_rank(),
+        tp_size=parallel.tp,
+        pp_rank=ps.get_pipeline_model_parallel_rank(),
+        pp_size=parallel.pp,
+        dp_rank=ps.get_data_parallel_rank(),
+        dp_size=parallel.dp,
+        tp_group=ps.get_tensor_model_parallel_group(),
+        pp_group=ps.get_pipeline_model_parallel_group(),
+        dp_group=ps.get_data_parallel_group(),
+        model_group=ps.get_model_parallel_group(),
+    )
+
+
+def _seed(cfg: Config, layout: Layout) -> None:
+    from megatron.core import tensor_parallel
+
+    random.seed(cfg.seed)
+    np.random.seed(cfg.seed)
+    torch.manual_seed(cfg.seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(cfg.seed)
+    if cfg.trainer.deterministic:
+        torch.use_deterministic_algorithms(True)

@@ -1,0 +1,1 @@
+"""Rollout engines: everything that turns questions into sampled responses."""

@@ -1,0 +1,60 @@
+"""The protocol every rollout engine keeps. What an engine is made of lives in its own file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How responses are sampled. temperature 0 is greedy; `seed` fixes every draw, whatever the batching."""
+
+    n: int
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    stop_tokens: tuple[int, ...] = ()
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.n < 1 or self.max_new_tokens < 1:
+            raise ValueError(f"n and max_new_tokens must be at least 1, given {self.n}, {self.max_new_tokens}")
+        if self.temperature < 0 or not 0 < self.top_p <= 1:
+            raise ValueError(
+                f"temperature must be >= 0 and top_p in (0, 1], given {self.temperature}, {self.top_p}"
+            )
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sampled response: its tokens (a stop token included) and their log-probabilities.
+
+    logp is taken at the sampling temperature, over the full vocabulary (before top-p truncation); greedy
+    samples report temperature 1.
+    """
+
+    tokens: tuple[int, ...]
+    logp: tuple[float, ...]
+    finished: bool  # ended by a stop token, not by the length limit
+    policy_version: int
+
+
+class RolloutEngine(Protocol):
+    """An engine serves one policy version at a time and says which."""
+
+    @property
+    def policy_version(self) -> int: ...
+
+    def generate(self, prompts: Sequence[Sequence[int]], sampling: SamplingParams) -> list[list[Sample]]:
+        """Sample `sampling.n` responses to each prompt; result[i][j] is the j-th response to prompt i."""
+        ...
+
+    def update_weights(self, policy_version: int) -> None:
+        """Serve the trainer's current weights as `policy_version`."""
+        ...
+
+    def health(self) -> str:
+        """Empty when the engine can serve; otherwise what is wrong."""
+        ...

@@ -1,0 +1,44 @@
+"""Choosing the next token from logits. Pure tensor arithmetic, no model and no engine."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def uniform_draws(count: int, max_new_tokens: int, seed: int) -> Tensor:
+    """[count, max_new_tokens] uniforms in [0, 1): row i drives sequence i, however it is batched."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(count, max_new_tokens, generator=generator, dtype=torch.float64)
+
+
+def sample_tokens(
+    logits_BV: Tensor, uniforms_B: Tensor, temperature: float, top_p: float
+) -> tuple[Tensor, Tensor]:
+    """Next tokens [B] and their log-probabilities [B] fp32, by inverting the cumulative distribution.
+
+    temperature 0 takes the most likely token. top_p keeps the smallest set of tokens whose probability
+    reaches it; the reported log-probability is the one before that truncation.
+    """
+    logp_BV = torch.log_softmax(logits_BV.float() / (temperature or 1.0), dim=-1)
+    if temperature == 0:
+        tokens_B = logp_BV.argmax(dim=-1)
+    elif top_p < 1:
+        tokens_B = _nucleus(logp_BV.exp(), uniforms_B, top_p)
+    else:
+        tokens_B = _invert(logp_BV.exp(), uniforms_B)
+    return tokens_B, logp_BV.gather(1, tokens_B[:, None])[:, 0]
+
+
+def _invert(probability_BV: Tensor, uniforms_B: Tensor) -> Tensor:
+    cumulative_BV = probability_BV.cumsum(dim=-1, dtype=torch.float64)
+    threshold_B1 = uniforms_B[:, None] * cumulative_BV[:, -1:]
+    tokens_B1 = torch.searchsorted(cumulative_BV, threshold_B1, right=True)
+    return tokens_B1[:, 0].clamp_(max=probability_BV.shape[1] - 1)
+
+
+def _nucleus(probability_BV: Tensor, uniforms_B: Tensor, top_p: float) -> Tensor:
+    sorted_BV, order_BV = probability_BV.sort(dim=-1, descending=True)
+    before_BV = sorted_BV.cumsum(dim=-1) - sorted_BV
+    rank_B = _invert(sorted_BV.masked_fill(before_BV >= top_p, 0.0), uniforms_B)
+    return order_BV.gather(1, rank_B[:, None])[:, 0]
