@@ -5,6 +5,8 @@ Weights come from checkpoint/; what is computed from the hidden states is in ste
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -23,6 +25,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (  # noqa: E402
 )
 from megatron.core.transformer import TransformerConfig  # noqa: E402
 from megatron.core.transformer.spec_utils import ModuleSpec  # noqa: E402
+from megatron.core.transformer.utils import set_model_to_sequence_parallel  # noqa: E402
 
 from hpt_mega.megatron.attention import CoreAttention  # noqa: E402
 from hpt_mega.megatron.runtime import Layout  # noqa: E402
@@ -62,6 +65,20 @@ class PolicyModel(GPTModel):
         if self.share_embeddings_and_output_weights:
             return self.shared_embedding_or_output_weight()
         return self.output_layer.weight
+
+    @contextmanager
+    def inference(self) -> Iterator[None]:
+        """Evaluation mode without sequence parallelism, which cannot split a single decoded position."""
+        sequence_parallel, training = self.config.sequence_parallel, self.training
+        if sequence_parallel:
+            set_model_to_sequence_parallel(self, set_to=False)
+        self.eval()
+        try:
+            yield
+        finally:
+            if sequence_parallel:
+                set_model_to_sequence_parallel(self, set_to=True)
+            self.train(training)
 
     def core_attentions(self) -> list[CoreAttention]:
         return [layer.self_attention.core_attention for layer in self.decoder.layers]

@@ -1,0 +1,71 @@
+"""The distributed state of a run (model, optimizer, RNG) in megatron-core's sharded checkpoint format.
+
+Where checkpoints live, when they are complete and which are kept is checkpoint/store.py's business.
+"""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from hpt_mega.megatron.model import PolicyModel
+from hpt_mega.megatron.optimizer import MegatronOptimizer
+from hpt_mega.megatron.runtime import Layout
+
+from megatron.core import dist_checkpointing  # isort: skip
+from megatron.core.dist_checkpointing.mapping import ShardedObject  # isort: skip
+
+# The only optimizer layout that megatron-core can load into another data-parallel size.
+_OPTIMIZER_LAYOUT = {"distrib_optim_sharding_type": "fully_reshardable"}
+
+
+def save_state(
+    folder: Path, model: PolicyModel, optimizer: MegatronOptimizer, common: dict[str, Any], layout: Layout
+) -> None:
+    """Write this job's state into the existing folder; every rank calls it. `common` is small plain data."""
+    dist_checkpointing.save(
+        {**_sharded_state(model, optimizer, layout, loading=False), "common": common}, str(folder)
+    )
+
+
+def load_state(
+    folder: Path, model: PolicyModel, optimizer: MegatronOptimizer, layout: Layout
+) -> dict[str, Any]:
+    """Restore what save_state wrote, into any layout; returns `common`. RNG states need the same layout."""
+    state = dist_checkpointing.load(_sharded_state(model, optimizer, layout, loading=True), str(folder))
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    _set_random_state(state["random"])
+    common: dict[str, Any] = state["common"]
+    return common
+
+
+def _sharded_state(
+    model: PolicyModel, optimizer: MegatronOptimizer, layout: Layout, *, loading: bool
+) -> dict[str, Any]:
+    weights = model.sharded_state_dict()
+    return {
+        "model": weights,
+        "optimizer": optimizer.sharded_state_dict(weights, is_loading=loading, metadata=_OPTIMIZER_LAYOUT),
+        "random": ShardedObject("random", _random_state(), (layout.world_size,), (layout.rank,)),
+    }
+
+
+def _random_state() -> dict[str, Any]:
+    kind, keys, position, has_gauss, gauss = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": (kind, torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, gauss),
+        "torch": torch.get_rng_state(),
+    }
+
+
+def _set_random_state(state: dict[str, Any]) -> None:
+    kind, keys, position, has_gauss, gauss = state["numpy"]
+    random.setstate(state["python"])
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, gauss))
+    torch.set_rng_state(state["torch"])

@@ -1,0 +1,274 @@
+"""The embedded engine: samples from the trainer's own Megatron modules, in the trainer's processes.
+
+All ranks of a data-parallel replica call generate together. Under pipeline parallelism the sequences are
+dealt into as many groups as there are stages, so that every stage works on one group while the others
+travel; under tensor parallelism each rank decodes its heads and vocabulary rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from hpt_mega.megatron.attention import DecodeState, KVCache
+from hpt_mega.megatron.model import PolicyModel
+from hpt_mega.megatron.runtime import Layout
+from hpt_mega.rollout.engine import Sample, SamplingParams
+from hpt_mega.rollout.sampling import sample_tokens, uniform_draws
+
+_COMPACT_BELOW = 0.85  # share of unfinished rows below which a group's finished rows leave its batch
+_MAX_SENDS_IN_FLIGHT = 64
+
+
+class MegatronEngine:
+    """In-process rollouts with a KV cache; the weights served are always the trainer's current ones."""
+
+    def __init__(
+        self, model: PolicyModel, layout: Layout, *, vocab_size: int, max_sequences: int, policy_version: int = 0
+    ) -> None:
+        self._model = model
+        self._layout = layout
+        self._vocab_size = vocab_size
+        self._max_sequences = max_sequences
+        self._version = policy_version
+
+    @property
+    def policy_version(self) -> int:
+        return self._version
+
+    def update_weights(self, policy_version: int) -> None:
+        """Nothing moves: trainer and engine share the tensors."""
+        self._version = policy_version
+
+    def health(self) -> str:
+        return ""
+
+    def generate(self, prompts: Sequence[Sequence[int]], sampling: SamplingParams) -> list[list[Sample]]:
+        uniforms = uniform_draws(len(prompts) * sampling.n, sampling.max_new_tokens, sampling.seed)
+        per_wave = max(1, self._max_sequences // sampling.n)
+        results: list[list[Sample]] = []
+        with torch.no_grad(), self._model.inference():
+            for start in range(0, len(prompts), per_wave):
+                wave = [list(prompt) for prompt in prompts[start : start + per_wave]]
+                rows = slice(start * sampling.n, (start + len(wave)) * sampling.n)
+                results += self._generate_wave(wave, uniforms[rows], sampling)
+        return results
+
+    def _generate_wave(
+        self, prompts: list[list[int]], uniforms: Tensor, sampling: SamplingParams
+    ) -> list[list[Sample]]:
+        groups = self._deal(prompts, uniforms, sampling)
+        pending: list[dist.Work] = []
+        for group in groups:
+            self._advance(group, sampling, pending)
+        while any(group.active for group in groups):
+            for group in groups:
+                if group.active:
+                    self._collect(group, sampling)
+                if group.active:
+                    self._advance(group, sampling, pending)
+        for work in pending:
+            work.wait()
+        by_prompt: dict[int, list[Sample]] = {}
+        for group in groups:
+            for row, prompt in enumerate(group.prompt_of_row):
+                by_prompt.setdefault(prompt, []).append(group.sample(row, sampling, self._version))
+        return [by_prompt[i] for i in range(len(prompts))]
+
+    def _deal(self, prompts: list[list[int]], uniforms: Tensor, sampling: SamplingParams) -> list[_Group]:
+        """Long and short prompts alternate between the groups, so that their work is alike."""
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        groups = []
+        for index in range(min(self._layout.pp_size, len(prompts))):
+            members = order[index :: self._layout.pp_size]
+            rows = [i * sampling.n + j for i in members for j in range(sampling.n)]
+            groups.append(_Group(index, members, [prompts[i] for i in members], uniforms[rows], sampling.n))
+        return groups
+
+    def _advance(self, group: _Group, sampling: SamplingParams, pending: list[dist.Work]) -> None:
+        """Run this stage on the group's next position, and pass on what the next stage needs."""
+        layout = self._layout
+        tokens, positions = group.next_inputs()
+        if not layout.is_first_stage:
+            shape = (tokens.shape[1], tokens.shape[0], self._model.config.hidden_size)
+            hidden = torch.empty(shape, dtype=self._model.config.params_dtype)
+            dist.recv(hidden, layout.stage_rank(layout.pp_rank - 1), layout.pp_group, tag=group.index)
+            self._model.set_input_tensor(hidden)
+        with self._attached(group):
+            hidden = self._model(tokens, positions, None)
+        if layout.is_last_stage:
+            group.drawn = self._draw(group, hidden, sampling)
+            for stage in range(layout.pp_size - 1):
+                pending.append(
+                    dist.isend(group.drawn, layout.stage_rank(stage), layout.pp_group, tag=group.index)  # type: ignore[arg-type]
+                )
+        else:
+            hidden = hidden.contiguous()
+            pending.append(
+                dist.isend(hidden, layout.stage_rank(layout.pp_rank + 1), layout.pp_group, tag=group.index)  # type: ignore[arg-type]
+            )
+        while len(pending) > _MAX_SENDS_IN_FLIGHT:
+            pending.pop(0).wait()
+        group.after_forward()
+
+    def _draw(self, group: _Group, hidden_SBH: Tensor, sampling: SamplingParams) -> Tensor:
+        """[2, rows] fp64: the next token of every row, and its log-probability."""
+        rows = torch.arange(hidden_SBH.shape[1])
+        hidden_BH = hidden_SBH[group.last_positions(), rows]
+        logits_BV = hidden_BH @ self._model.output_weight().t()
+        if self._layout.tp_size > 1:
+            shards = [torch.empty_like(logits_BV) for _ in range(self._layout.tp_size)]
+            dist.all_gather(shards, logits_BV.contiguous(), group=self._layout.tp_group)
+            logits_BV = torch.cat(shards, dim=1)
+        logits_BV = logits_BV[:, : self._vocab_size]
+        if group.in_prefill:  # one row a prompt so far: every sample starts from its prompt's logits
+            logits_BV = logits_BV.repeat_interleave(group.samples_per_prompt, dim=0)
+        tokens, logp = sample_tokens(logits_BV, group.uniforms(), sampling.temperature, sampling.top_p)
+        drawn = torch.stack((tokens.double(), logp.double()))
+        if self._layout.tp_size > 1:  # one rank decides, whatever the last bit of an all-gather
+            source = dist.get_global_rank(self._layout.tp_group, 0)
+            dist.broadcast(drawn, src=source, group=self._layout.tp_group)
+        return drawn
+
+    def _collect(self, group: _Group, sampling: SamplingParams) -> None:
+        """Learn what the last stage drew for the group, and let finished rows leave."""
+        layout = self._layout
+        if layout.is_last_stage:
+            drawn = group.drawn
+        else:
+            drawn = torch.empty(2, len(group.rows), dtype=torch.float64)
+            dist.recv(drawn, layout.stage_rank(layout.pp_size - 1), layout.pp_group, tag=group.index)
+        assert drawn is not None
+        group.record(drawn, sampling)
+
+    def _attached(self, group: _Group) -> _Attached:
+        return _Attached(self._model, group)
+
+
+class _Attached:
+    """Lends a group's caches to the attention layers for one forward."""
+
+    def __init__(self, model: PolicyModel, group: _Group) -> None:
+        self._layers = model.core_attentions()
+        self._group = group
+        if not group.caches:
+            group.allocate(model)
+
+    def __enter__(self) -> None:
+        state = self._group.decode_state()
+        for layer, cache in zip(self._layers, self._group.caches, strict=True):
+            layer.cache, layer.decode = cache, state
+
+    def __exit__(self, *exc: object) -> None:
+        for layer in self._layers:
+            layer.cache = layer.decode = None
+
+
+@dataclass
+class _Group:
+    """The sequences that travel together through the pipeline. The same on every stage of a replica.
+
+    `rows` are the indices of the sequences still in the batch; row r is sample r % n of prompt r // n.
+    """
+
+    index: int
+    members: list[int]
+    prompts: list[list[int]]
+    all_uniforms: Tensor
+    samples_per_prompt: int
+    caches: list[KVCache] = field(default_factory=list)
+    drawn: Tensor | None = None
+    step: int = 0  # tokens drawn so far
+    in_prefill: bool = True
+
+    def __post_init__(self) -> None:
+        count = len(self.prompts) * self.samples_per_prompt
+        self.rows = torch.arange(count)
+        self.unfinished = torch.ones(count, dtype=torch.bool)  # over rows still in the batch
+        self.tokens: list[list[int]] = [[] for _ in range(count)]
+        self.logp: list[list[float]] = [[] for _ in range(count)]
+        self.stopped = [False] * count
+        self.last_tokens = torch.empty(0, dtype=torch.long)
+        self.prompt_lengths = torch.tensor([len(prompt) for prompt in self.prompts])
+
+    @property
+    def active(self) -> bool:
+        return bool(self.unfinished.any())
+
+    @property
+    def prompt_of_row(self) -> Iterator[int]:
+        return (member for member in self.members for _ in range(self.samples_per_prompt))
+
+    def next_inputs(self) -> tuple[Tensor, Tensor]:
+        """Token and position ids [B, S]: the right-padded prompts first, then one token a row."""
+        if not self.in_prefill:
+            return self.last_tokens[:, None], self._positions()[:, None]
+        longest = int(self.prompt_lengths.max())
+        tokens = torch.zeros(len(self.prompts), longest, dtype=torch.long)
+        for row, prompt in enumerate(self.prompts):
+            tokens[row, : len(prompt)] = torch.tensor(prompt)
+        return tokens, torch.arange(longest)[None]
+
+    def last_positions(self) -> Tensor:
+        """Index into the forward's sequence dimension of each row's newest token."""
+        if self.in_prefill:
+            return self.prompt_lengths - 1
+        return torch.zeros(len(self.rows), dtype=torch.long)
+
+    def uniforms(self) -> Tensor:
+        return self.all_uniforms[self.rows, self.step]
+
+    def decode_state(self) -> DecodeState | None:
+        if self.in_prefill:
+            return None
+        positions = self._positions()
+        return DecodeState(positions, int(positions.max()) + 1)
+
+    def _positions(self) -> Tensor:
+        return self.prompt_lengths[self.rows // self.samples_per_prompt] + self.step - 1
+
+    def allocate(self, model: PolicyModel) -> None:
+        """Empty caches for the prompts; they grow to one row a sample once the prompts are in."""
+        config = model.config
+        groups = config.num_query_groups // config.tensor_model_parallel_size
+        length = int(self.prompt_lengths.max()) + self.all_uniforms.shape[1]
+        shape = (len(self.prompts), groups, length, config.kv_channels)
+        for _ in model.core_attentions():
+            keys, values = (torch.zeros(shape, dtype=config.params_dtype) for _ in range(2))
+            self.caches.append(KVCache(keys, values))
+
+    def after_forward(self) -> None:
+        if self.in_prefill:
+            for cache in self.caches:
+                cache.select(self.rows // self.samples_per_prompt)
+            self.in_prefill = False
+
+    def record(self, drawn: Tensor, sampling: SamplingParams) -> None:
+        """Append the drawn tokens to the rows that are unfinished, then compact the batch if it pays."""
+        self.step += 1
+        drawn_tokens, drawn_logp = drawn[0].long(), drawn[1].tolist()
+        self.last_tokens = drawn_tokens
+        for place, (row, token) in enumerate(zip(self.rows.tolist(), drawn_tokens.tolist(), strict=True)):
+            if not self.unfinished[place]:
+                continue
+            self.tokens[row].append(token)
+            self.logp[row].append(drawn_logp[place])
+            self.stopped[row] = token in sampling.stop_tokens
+            if self.stopped[row] or self.step == sampling.max_new_tokens:
+                self.unfinished[place] = False
+        if self.active and self.unfinished.float().mean() < _COMPACT_BELOW:
+            self._compact()
+
+    def _compact(self) -> None:
+        keep = self.unfinished.nonzero()[:, 0]
+        for cache in self.caches:
+            cache.select(keep)
+        self.rows, self.last_tokens = self.rows[keep], self.last_tokens[keep]
+        self.unfinished = self.unfinished[keep]
+
+    def sample(self, row: int, sampling: SamplingParams, version: int) -> Sample:
+        return Sample(tuple(self.tokens[row]), tuple(self.logp[row]), self.stopped[row], version)
