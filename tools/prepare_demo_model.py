@@ -100,7 +100,7 @@ def verify(folder: Path) -> float:
     prompt = tokenizer.apply_chat_template(
         [{"role": "user", "content": "Hi"}], add_generation_prompt=True, tokenize=False
     )
-    if not prompt.endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"):
+    if not str(prompt).endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"):
         raise ValueError(f"the chat template gave {prompt!r}")
     value = perplexity(check_logits(model, tokenizer), tokenizer)
     if not value < PERPLEXITY_BOUND:

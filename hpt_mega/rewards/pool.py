@@ -1,0 +1,187 @@
+"""Verdicts on many responses at once: plain ones in process, the rest in worker processes with a hard deadline.
+
+How an answer is read and compared lives in math.py and worker.py.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import selectors
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from hpt_mega.rewards.math import Verdict, final_answer, quick_verdict
+
+KINDS = ("math",)
+START_DEADLINE_S = 120.0  # importing sympy on a loaded machine
+
+
+class _Worker:
+    """One worker process and the item it is busy with. A pipe of JSON lines: no pickle, no import of __main__."""
+
+    def __init__(self, deadline_s: float) -> None:
+        root = str(Path(__file__).parents[2])
+        path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "hpt_mega.rewards.worker", str(deadline_s)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env={**os.environ, "PYTHONPATH": path},
+            bufsize=0,
+        )
+        assert self.process.stdout is not None and self.process.stdin is not None
+        self.replies = self.process.stdout
+        self.requests = self.process.stdin
+        self.ready = False
+        self.item: int | None = None
+        self.must_reply_by = time.monotonic() + START_DEADLINE_S
+        self._buffer = b""
+
+    @property
+    def is_awaited(self) -> bool:
+        """Whether it owes us something: the verdict on an item, or the sign that it has started."""
+        return self.item is not None or not self.ready
+
+    def send(self, item: int, given: str, answer: str, deadline_s: float) -> None:
+        self.item = item
+        self.must_reply_by = time.monotonic() + deadline_s
+        try:
+            self.requests.write(json.dumps({"given": given, "answer": answer}).encode() + b"\n")
+        except BrokenPipeError:
+            pass  # it died while idle; the end of its output is noticed next and the item counted there
+
+    def receive(self) -> dict[str, Any] | None:
+        """The next reply, {} where it is not complete yet, None where the process has ended."""
+        chunk = os.read(self.replies.fileno(), 65536)
+        if not chunk:
+            return None
+        self._buffer += chunk
+        if b"\n" not in self._buffer:
+            return {}
+        line, self._buffer = self._buffer.split(b"\n", 1)
+        reply: dict[str, Any] = json.loads(line)
+        return reply
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        self.requests.close()
+        self.replies.close()
+
+
+class RewardPool:
+    """Rewards for batches of responses; use as a context manager or call close().
+
+    kind: "math". workers: number of processes for the answers that exact arithmetic cannot settle.
+    deadline_s: wall seconds one answer may take; a worker that overruns it is killed and replaced, and the
+    answer gets reward 0. Raises ValueError for an unknown kind or impossible numbers.
+    """
+
+    def __init__(self, kind: str = "math", workers: int = 1, deadline_s: float = 5.0) -> None:
+        if kind not in KINDS:
+            raise ValueError(f"reward.kind is {kind!r}, expected one of {', '.join(KINDS)}")
+        if workers < 1 or not deadline_s > 0:
+            raise ValueError(
+                f"reward.workers is {workers} and reward.deadline_s {deadline_s}; at least 1 and above 0 are needed"
+            )
+        self._deadline_s = deadline_s
+        # Started now, so that their imports overlap with the first rollout.
+        self._workers = [_Worker(deadline_s) for _ in range(workers)]
+        self._closed = False
+
+    def score(self, responses: Sequence[str], answers: Sequence[str]) -> list[float]:
+        """Rewards in {0.0, 1.0}, one for each response, in order."""
+        return [verdict.reward for verdict in self.verdicts(responses, answers)]
+
+    def verdicts(self, responses: Sequence[str], answers: Sequence[str]) -> list[Verdict]:
+        """Rewards with reasons, in order. Takes at most about deadline_s * hard answers / workers seconds.
+
+        Raises ValueError on unequal lengths, RuntimeError where no worker can be started or the pool is closed.
+        """
+        if len(responses) != len(answers):
+            raise ValueError(
+                f"{len(responses)} responses and {len(answers)} answers; one answer a response is needed"
+            )
+        if self._closed:
+            raise RuntimeError("the reward pool is closed; make a new one")
+        quick = [quick_verdict(response, answer) for response, answer in zip(responses, answers, strict=True)]
+        hard = {
+            i: (final_answer(responses[i]) or "", answers[i]) for i, done in enumerate(quick) if done is None
+        }
+        settled = self._compare(hard) if hard else {}
+        return [verdict if verdict is not None else settled[i] for i, verdict in enumerate(quick)]
+
+    def _compare(self, hard: dict[int, tuple[str, str]]) -> dict[int, Verdict]:
+        """The workers' verdicts on {item: (given, answer)}."""
+        waiting = deque(hard)
+        settled: dict[int, Verdict] = {}
+        while len(settled) < len(hard):
+            for worker in self._workers:
+                if worker.ready and worker.item is None and waiting:
+                    item = waiting.popleft()
+                    worker.send(item, *hard[item], self._deadline_s)
+            busy = [worker for worker in self._workers if worker.is_awaited]
+            for worker in self._readable(busy):
+                self._take_reply(worker, settled)
+            for worker in busy:
+                if worker.replies.closed or not worker.is_awaited:
+                    continue  # replaced, or answered, in the loop above
+                if time.monotonic() >= worker.must_reply_by:
+                    self._replace(worker, f"deadline of {self._deadline_s:g} s", settled)
+        return settled
+
+    @staticmethod
+    def _readable(busy: list[_Worker]) -> list[_Worker]:
+        """The workers with something to read, as soon as there is one or the first deadline has come."""
+        wait_s = max(0.0, min(worker.must_reply_by for worker in busy) - time.monotonic())
+        with selectors.DefaultSelector() as selector:
+            for worker in busy:
+                selector.register(worker.replies, selectors.EVENT_READ, worker)
+            return [key.data for key, _ in selector.select(wait_s)]
+
+    def _take_reply(self, worker: _Worker, settled: dict[int, Verdict]) -> None:
+        reply = worker.receive()
+        if reply is None:
+            self._replace(worker, "the worker died", settled)
+        elif "error" in reply:
+            raise RuntimeError(f"a reward worker cannot start: {reply['error']}. Install math-verify.")
+        elif "ready" in reply:
+            worker.ready = True
+        elif reply:
+            assert worker.item is not None
+            settled[worker.item] = Verdict(float(reply["reward"]), str(reply["why"]))
+            worker.item = None
+
+    def _replace(self, worker: _Worker, why: str, settled: dict[int, Verdict]) -> None:
+        """Kills a worker, counts its item as wrong and starts another in its place."""
+        worker.kill()
+        if not worker.ready:
+            raise RuntimeError(
+                f"a reward worker did not start within {START_DEADLINE_S:g} s (exit code {worker.process.returncode}). "
+                f"Try: {sys.executable} -m hpt_mega.rewards.worker {self._deadline_s:g}"
+            )
+        if worker.item is not None:
+            settled[worker.item] = Verdict(0.0, why)
+        self._workers[self._workers.index(worker)] = _Worker(self._deadline_s)
+
+    def close(self) -> None:
+        """Ends the workers. Further calls of close() do nothing."""
+        for worker in () if self._closed else self._workers:
+            worker.kill()
+        self._closed = True
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
