@@ -38,11 +38,11 @@ def token_logprobs(
     Returns (logp_N, entropy_N): [N] fp32 (fp64 for fp64 input), equal on every rank, both differentiable.
 
     The products run in the dtype of `hidden`, the softmax in fp32. Memory beyond inputs, outputs and
-    gradients is two or three buffers of [chunk_tokens, V]; the backward pass recomputes the logits (one product
-    forward, three backward). Gradients: `weight` gets this rank's rows, accumulated over chunks in fp32;
-    `hidden` gets the whole gradient, all-reduced over `group` here. Under sequence parallelism gather the
-    hidden states first with an operation whose backward splits instead of reduce-scatters, or the gradient
-    is summed twice.
+    gradients is two or three buffers of [chunk_tokens, V]; the backward pass recomputes the logits (one
+    product forward, three backward). Gradients: `weight` gets this rank's rows, accumulated over chunks in
+    fp32; `hidden` gets the whole gradient, always all-reduced over `group` here. Under sequence parallelism
+    gather the hidden states first with an operation whose backward splits instead of reduce-scatters, or
+    the gradient is summed twice.
 
     Raises ValueError for shapes, dtypes or a temperature that do not fit.
     """

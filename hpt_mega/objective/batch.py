@@ -1,0 +1,112 @@
+"""TokenBatch: the padded tensors a loss is computed from, checked once at construction.
+
+What is done with them lives in the four parts and in estimator.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from hpt_mega.trajectory import Source
+
+_TOKEN_FIELDS = ("logp", "old_logp", "ref_logp", "rollout_logp", "advantage", "values", "entropy")
+_SEQUENCE_FIELDS = ("reward", "weight")
+_INDEX_FIELDS = ("group", "source", "pair")
+
+
+@dataclass(frozen=True, eq=False)
+class TokenBatch:
+    """B sequences of T tokens. Only logp and mask are always needed; a row names what else it lacks.
+
+    Padding (mask False) of every [B, T] field is set to 0 at construction, so whatever it held (NaN, -inf)
+    reaches neither a value nor a gradient. Floating fields are brought to logp's dtype, at least fp32.
+
+    Raises ValueError, naming the field, for a wrong shape or dtype and for NaN or infinity under the mask.
+    """
+
+    logp: Tensor  # [B, T] log-probability of each token under the current policy, with gradient
+    mask: Tensor  # [B, T] bool, the response tokens
+    old_logp: Tensor | None = None  # [B, T] under the policy that made the rollouts, by the trainer
+    reward: Tensor | None = None  # [B]
+    group: Tensor | None = None  # [B] int, the question
+    source: Tensor | None = None  # [B] int, 0 online or 1 offline; default: all online
+    ref_logp: Tensor | None = None  # [B, T] under the frozen reference model (KL, DPO)
+    rollout_logp: Tensor | None = None  # [B, T] as the rollout engine reported it
+    advantage: Tensor | None = None  # [B, T] replaces the row's own advantage
+    values: Tensor | None = None  # [B, T] value estimates before each token (GAE)
+    pair: Tensor | None = None  # [B] int, every id exactly twice (DPO)
+    weight: Tensor | None = None  # [B] alpha or beta; default: 1
+    entropy: Tensor | None = None  # [B, T] of the current policy, with gradient (entropy bonus)
+    question_tokens: Tensor | None = None  # [B] masked tokens of the question in the whole step
+
+    def __post_init__(self) -> None:
+        self._check_shapes()
+        dtype = torch.promote_types(self.logp.dtype, torch.float32)
+        finite: dict[str, Tensor] = {}
+        for name in (*_TOKEN_FIELDS, *_SEQUENCE_FIELDS):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            value = value.to(dtype)
+            if name in _TOKEN_FIELDS:
+                value = torch.where(self.mask, value, 0.0)
+            finite[name] = value.detach().isfinite().all()
+            object.__setattr__(self, name, value)
+        bad = [
+            name
+            for name, ok in zip(finite, torch.stack(list(finite.values())).tolist(), strict=True)
+            if not ok
+        ]
+        if bad:
+            raise ValueError(
+                f"TokenBatch.{bad[0]} holds NaN or infinity where the mask is True; expected finite"
+            )
+        defaults = {
+            "source": torch.zeros_like(self.mask[:, 0], dtype=torch.long),
+            "weight": self.logp.new_ones(len(self)),
+        }
+        for name, default in defaults.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, default.detach())
+
+    def __len__(self) -> int:
+        return self.mask.shape[0]
+
+    def require(self, name: str, why: str) -> Tensor:
+        """The field, or a ValueError that says what needs it."""
+        value: Tensor | None = getattr(self, name)
+        if value is None:
+            raise ValueError(f"{why} needs TokenBatch.{name}, which was not given")
+        return value
+
+    @property
+    def lengths(self) -> Tensor:
+        """[B] masked tokens of each sequence, in logp's dtype."""
+        return self.mask.sum(1).to(self.logp.dtype)
+
+    @property
+    def offline(self) -> Tensor:
+        """[B] bool, the demonstrations."""
+        return self.require("source", "the split by source") == Source.OFFLINE
+
+    def _check_shapes(self) -> None:
+        if self.logp.dim() != 2 or not self.logp.is_floating_point():
+            raise ValueError(f"TokenBatch.logp must be floating [B, T]; got {_say(self.logp)}")
+        if self.mask.shape != self.logp.shape or self.mask.dtype != torch.bool:
+            raise ValueError(f"TokenBatch.mask must be bool {list(self.logp.shape)}; got {_say(self.mask)}")
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value is None or field.name in ("logp", "mask"):
+                continue
+            shape = self.logp.shape if field.name in _TOKEN_FIELDS else self.logp.shape[:1]
+            if value.shape != shape:
+                raise ValueError(f"TokenBatch.{field.name} must be {list(shape)}; got {_say(value)}")
+            if field.name in _INDEX_FIELDS and (value.is_floating_point() or value.dtype == torch.bool):
+                raise ValueError(f"TokenBatch.{field.name} must hold integers; got {_say(value)}")
+
+
+def _say(value: Tensor) -> str:
+    return f"{value.dtype} {list(value.shape)}"

@@ -1,0 +1,128 @@
+"""The Unified Policy Gradient Estimator (arXiv 2509.04419): a row of the table, ready to be called.
+
+The equation lives in surrogate.py, the table in algorithms.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from hpt_mega.objective.advantage import SEQUENCE_ADVANTAGES, TOKEN_ADVANTAGES
+from hpt_mega.objective.aggregation import AGGREGATIONS
+from hpt_mega.objective.batch import TokenBatch
+from hpt_mega.objective.metrics import diagnose
+from hpt_mega.objective.options import Options
+from hpt_mega.objective.regularizer import regularizer
+from hpt_mega.objective.surrogate import Parts, surrogate
+from hpt_mega.trajectory import Source
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table of algorithms."""
+
+    name: str
+    paper: str
+    formula: str  # the gradient of the objective, per token unless it says otherwise
+    parts: Parts  # for rollouts; for every sequence where any_source
+    aggregation: str
+    offline: Parts | None = None  # for demonstrations
+    any_source: bool = False
+    options: Options = field(default_factory=Options)
+
+
+@dataclass(frozen=True, eq=False)
+class Output:
+    """What a loss returns; loss = loss_sum / denominator."""
+
+    loss: Tensor  # 0-d, with gradient
+    loss_sum: Tensor  # 0-d, with gradient
+    denominator: float
+    token_weight: Tensor  # [B, T] d loss_sum / d logp, detached
+    metrics: dict[str, float]
+
+
+class Estimator:
+    """A row of the table as a loss function."""
+
+    def __init__(self, row: Row) -> None:
+        self.row = row
+
+    def __call__(self, batch: TokenBatch, denominator: float | None = None) -> Output:
+        """The loss whose gradient is the row's estimator: sum of weight * scale * L_t over a denominator.
+
+        `denominator` is the sum of `self.denominator` over the step's micro-batches and data-parallel
+        ranks; without it the batch stands alone. The value of the loss is a surrogate's, only its gradient
+        is the published loss's.
+
+        Raises ValueError for a field the row needs and does not get, for offline sequences in a row without
+        an offline half, and for a denominator that is not positive.
+        """
+        if denominator is None:
+            denominator = self.denominator(batch) or 1.0  # nothing under the mask: a loss of 0
+        if not denominator > 0:
+            raise ValueError(f"denominator must be above 0; got {denominator}")
+        options = self.row.options
+        with torch.enable_grad():
+            if not batch.logp.requires_grad:
+                batch = replace(batch, logp=batch.logp.detach().requires_grad_())
+            first, *rest = [
+                surrogate(parts, own, batch, options) for parts, own in self._halves(batch.offline)
+            ]
+            whole = sum(rest, first)
+            scale, _ = AGGREGATIONS[self.row.aggregation](batch, options)
+            weight = scale * batch.require("weight", "the loss")[:, None] * batch.mask
+            loss_sum = (weight * (whole.loss + regularizer(batch, options))).sum()
+            (token_weight,) = torch.autograd.grad(loss_sum, batch.logp, retain_graph=True)
+        metrics = diagnose(batch, whole, token_weight)
+        return Output(loss_sum / denominator, loss_sum, float(denominator), token_weight, metrics)
+
+    def denominator(self, batch: TokenBatch) -> float:
+        """This batch's share of the denominator; add up those of all micro-batches and ranks."""
+        return float(AGGREGATIONS[self.row.aggregation](batch, self.row.options)[1])
+
+    @property
+    def advantage_per_sequence(self) -> bool:
+        """Whether `advantages` can tell the advantage before the batch is built (not for GAE and DPO)."""
+        halves = (self.row.parts, self.row.offline)
+        return all(parts is None or parts.advantage in SEQUENCE_ADVANTAGES for parts in halves)
+
+    def advantages(self, reward: Tensor, group: Tensor, source: Tensor | None = None) -> Tensor:
+        """Advantage [N] of every sequence of a step, to be taken before it is split into micro-batches.
+
+        reward [N], group [N] int, source [N] int (default: all online). Each value, repeated over the
+        tokens, is a row of TokenBatch.advantage. Raises ValueError where a row's advantage is not one
+        number a sequence.
+        """
+        reward = reward.to(torch.promote_types(reward.dtype, torch.float32))
+        if not bool(reward.isfinite().all()):
+            raise ValueError("reward holds NaN or infinity; expected finite numbers")
+        offline = torch.zeros_like(group, dtype=torch.bool) if source is None else source == Source.OFFLINE
+        advantage = torch.zeros_like(reward)
+        for parts, own in self._halves(offline):
+            if parts.advantage in TOKEN_ADVANTAGES:
+                raise ValueError(
+                    f"{self.row.name}: advantage '{parts.advantage}' is not one number a sequence; leave "
+                    "TokenBatch.advantage out and call the estimator on the batch"
+                )
+            found = SEQUENCE_ADVANTAGES[parts.advantage](reward, group, own, self.row.options)
+            advantage = torch.where(own, found, advantage)
+        return advantage
+
+    def _halves(self, offline: Tensor) -> Iterator[tuple[Parts, Tensor]]:
+        """The row's four parts and the sequences [B] bool they apply to, for rollouts and demonstrations."""
+        if self.row.any_source:
+            yield self.row.parts, torch.ones_like(offline)
+            return
+        if self.row.offline is None and bool(offline.any()):
+            raise ValueError(
+                f"{self.row.name} trains on rollouts only and got {int(offline.sum())} offline sequences; "
+                "take them out, or use a row with an offline half: hpt, luffy, srft"
+            )
+        yield self.row.parts, ~offline
+        if self.row.offline is not None:
+            yield self.row.offline, offline
