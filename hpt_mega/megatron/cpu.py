@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.utils._device import _device_constructors
 
 _CPU = torch.device("cpu")
 _FACTORIES = (
@@ -97,6 +98,7 @@ def _answer_for_cuda_runtime() -> None:
 
 def _redirect_cuda_tensors() -> None:
     """Literal device="cuda", .cuda() and pinned memory mean the CPU here."""
+    _device_constructors()  # cached now, with the originals: `with torch.device(...)` must still know them
     for name in _FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
     tensor: Any = torch.Tensor

@@ -106,6 +106,7 @@ def transformer_config(shape: dict[str, Any], parallel: ParallelConfig, dtype: t
         pipeline_dtype=dtype,
         bf16=dtype is torch.bfloat16,
         variable_seq_lengths=parallel.pp > 1,  # each micro-batch is padded to its own longest sequence
+        moe_token_dispatcher_type="alltoall",  # the one that allows those varying lengths
         calculate_per_token_loss=True,  # the objective brings its own global denominator
         use_cpu_initialization=not on_gpu,
         perform_initialization=False,  # weights are always read from a checkpoint
