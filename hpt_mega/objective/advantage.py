@@ -49,7 +49,7 @@ def group_norm(reward: Tensor, group: Tensor, own: Tensor, options: Options) -> 
     groups = _Groups(reward, group, own)
     centered = _center(reward, groups)
     variance = groups.sum(centered.square()) / (groups.size - 1).clamp(min=1)
-    return centered / (variance.sqrt() + options.std_eps)
+    return centered / torch.where(groups.equal, 1.0, variance.sqrt() + options.std_eps)
 
 
 def joint_group_norm(reward: Tensor, group: Tensor, own: Tensor, options: Options) -> Tensor:

@@ -45,32 +45,15 @@ class TokenBatch:
     def __post_init__(self) -> None:
         self._check_shapes()
         dtype = torch.promote_types(self.logp.dtype, torch.float32)
-        finite: dict[str, Tensor] = {}
         for name in (*_TOKEN_FIELDS, *_SEQUENCE_FIELDS):
-            value = getattr(self, name)
-            if value is None:
-                continue
-            value = value.to(dtype)
-            if name in _TOKEN_FIELDS:
-                value = torch.where(self.mask, value, 0.0)
-            finite[name] = value.detach().isfinite().all()
-            object.__setattr__(self, name, value)
-        bad = [
-            name
-            for name, ok in zip(finite, torch.stack(list(finite.values())).tolist(), strict=True)
-            if not ok
-        ]
-        if bad:
-            raise ValueError(
-                f"TokenBatch.{bad[0]} holds NaN or infinity where the mask is True; expected finite"
-            )
-        defaults = {
-            "source": torch.zeros_like(self.mask[:, 0], dtype=torch.long),
-            "weight": self.logp.new_ones(len(self)),
-        }
-        for name, default in defaults.items():
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, default.detach())
+            if (value := getattr(self, name)) is not None:
+                padded = value.to(dtype)
+                self._set(name, torch.where(self.mask, padded, 0.0) if name in _TOKEN_FIELDS else padded)
+        self._check_finite()
+        if self.source is None:
+            self._set("source", torch.full(self.mask.shape[:1], Source.ONLINE.value, device=self.mask.device))
+        if self.weight is None:
+            self._set("weight", self.lengths.new_ones(len(self)))
 
     def __len__(self) -> int:
         return self.mask.shape[0]
@@ -106,6 +89,18 @@ class TokenBatch:
                 raise ValueError(f"TokenBatch.{field.name} must be {list(shape)}; got {_say(value)}")
             if field.name in _INDEX_FIELDS and (value.is_floating_point() or value.dtype == torch.bool):
                 raise ValueError(f"TokenBatch.{field.name} must hold integers; got {_say(value)}")
+
+    def _check_finite(self) -> None:
+        names = [name for name in (*_TOKEN_FIELDS, *_SEQUENCE_FIELDS) if getattr(self, name) is not None]
+        finite = torch.stack([getattr(self, name).detach().isfinite().all() for name in names])
+        for name, ok in zip(names, finite.tolist(), strict=True):  # one device-to-host copy for all fields
+            if not ok:
+                raise ValueError(
+                    f"TokenBatch.{name} holds NaN or infinity; expected finite numbers wherever mask is True"
+                )
+
+    def _set(self, name: str, value: Tensor) -> None:
+        object.__setattr__(self, name, value)  # the class is frozen once constructed
 
 
 def _say(value: Tensor) -> str:

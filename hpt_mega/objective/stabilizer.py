@@ -42,7 +42,7 @@ def dual_clip(log_ratio: Tensor, advantage: Tensor, batch: TokenBatch, options: 
 
 
 def cis_mask(log_ratio: Tensor, advantage: Tensor, batch: TokenBatch, options: Options) -> Tensor:
-    """clip(r, 1 - low, 1 + high) / r: a clipped weight, and a gradient for every token (CISPO, 2506.13585)."""
+    """clip(r, 1 - low, 1 + high) / r: a clipped weight, a gradient for every token (CISPO, 2506.13585)."""
     low = math.log(1 - options.clip_low) if options.clip_low < 1 else -math.inf
     return (log_ratio.clamp(low, math.log1p(options.clip_high)) - log_ratio).exp()
 
