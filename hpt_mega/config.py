@@ -56,6 +56,7 @@ class DataConfig:
     train_questions: int = 2000
     heldout_questions: int = 192
     max_prompt_tokens: int = 256
+    max_demonstration_tokens: int = 96  # longer ones could not be reproduced within rollout.max_new_tokens
     instruction: str = ""  # appended to each question
     seed: int = 17
 

@@ -1,0 +1,174 @@
+"""Questions with demonstrations from reasoning-gym, as text and tokens, split into train and held-out.
+
+How a demonstration is worked out is in demonstrations.py, in which order questions are served in loader.py.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import reasoning_gym
+from transformers import PreTrainedTokenizerBase
+
+from hpt_mega.config import DataConfig, TaskConfig
+from hpt_mega.data.demonstrations import WRITERS, demonstration
+from hpt_mega.trajectory import Question
+
+DRAWS_PER_QUESTION = 30  # entries drawn at most for each question wanted, before a task counts as exhausted
+
+
+@dataclass(frozen=True)
+class QuestionSet:
+    """Train and held-out questions; no text is in both, none is twice in either."""
+
+    train: list[Question]
+    heldout: list[Question]
+
+
+def load_questions(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> QuestionSet:
+    """The mixture config.tasks, the same for the same config and tokenizer on every machine.
+
+    Raises ValueError where the mixture is empty, the tokenizer has no chat template or stop token, a task
+    cannot supply enough distinct questions, or more than half of its prompts are too long.
+    """
+    _check(config, tokenizer)
+    train_share = _shares(config.train_questions, config.tasks)
+    heldout_share = _shares(config.heldout_questions, config.tasks)
+    train: list[Question] = []
+    heldout: list[Question] = []
+    seen: set[str] = set()
+    for index, task in enumerate(config.tasks):
+        wanted = train_share[index] + heldout_share[index]
+        questions = _draw(task, index, wanted, config, tokenizer, seen)
+        heldout += questions[: heldout_share[index]]
+        train += questions[heldout_share[index] :]
+    # Mixed once here, so that any prefix of the held-out set is a fair sample of the mixture.
+    random.Random(config.seed).shuffle(heldout)
+    random.Random(config.seed + 1).shuffle(train)
+    overlap = {normalised(question.prompt) for question in train} & {
+        normalised(question.prompt) for question in heldout
+    }
+    if overlap:
+        raise ValueError(f"{len(overlap)} questions are in train and held-out, for instance {min(overlap)!r}")
+    return QuestionSet(train, heldout)
+
+
+def normalised(text: str) -> str:
+    """The text by which two questions count as the same: white space and letter case do not matter."""
+    return " ".join(text.split()).casefold()
+
+
+def _check(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    if not config.tasks:
+        raise ValueError("data.tasks is empty; name at least one task, or choose a group such as data=demo")
+    for task in config.tasks:
+        if not task.weight > 0:
+            raise ValueError(
+                f"data.tasks: weight of {task.label or task.name} is {task.weight}, expected above 0"
+            )
+        if task.name not in reasoning_gym.factory.DATASETS:
+            raise ValueError(f"data.tasks: reasoning-gym has no task {task.name!r}")
+        if task.name not in WRITERS:
+            known = ", ".join(sorted(WRITERS))
+            raise ValueError(f"data.tasks: no demonstrations are known for {task.name!r}; known are {known}")
+    if not tokenizer.chat_template:
+        raise ValueError(
+            f"the tokenizer {tokenizer.name_or_path!r} has no chat template; use an instruct model"
+        )
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"the tokenizer {tokenizer.name_or_path!r} has no eos token, which ends a response")
+
+
+def _shares(total: int, tasks: list[TaskConfig]) -> list[int]:
+    """total divided in proportion to the weights, by largest remainders."""
+    weights = sum(task.weight for task in tasks)
+    exact = [total * task.weight / weights for task in tasks]
+    shares = [int(value) for value in exact]
+    by_remainder = sorted(range(len(tasks)), key=lambda i: shares[i] - exact[i])
+    for i in by_remainder[: total - sum(shares)]:
+        shares[i] += 1
+    return shares
+
+
+def _draw(
+    task: TaskConfig,
+    index: int,
+    wanted: int,
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    seen: set[str],
+) -> list[Question]:
+    """wanted questions of one task whose texts are not in seen; adds them to seen."""
+    label = task.label or task.name
+    questions: list[Question] = []
+    drawn = long_prompts = unusable = 0
+    for entry in _entries(task, config.seed * 1_000_003 + index * 10_000_019, wanted):
+        if len(questions) == wanted:
+            break
+        text = normalised(entry["question"])
+        if text in seen:
+            continue
+        drawn += 1
+        try:
+            question = _question(f"{label}-{len(questions)}", task, entry, config, tokenizer)
+        except ValueError:  # reasoning-gym's own solution does not end in its answer
+            unusable += 1
+            continue
+        if len(question.prompt_tokens) > config.max_prompt_tokens:
+            long_prompts += 1
+        elif len(question.demonstration_tokens) > config.max_demonstration_tokens:
+            unusable += 1
+        else:
+            seen.add(text)
+            questions.append(question)
+    if long_prompts:
+        print(
+            f"data: {label}: dropped {long_prompts} of {drawn} prompts above {config.max_prompt_tokens} tokens"
+        )
+    if 2 * long_prompts > drawn:
+        raise ValueError(
+            f"{long_prompts} of {drawn} prompts of {label} are longer than data.max_prompt_tokens="
+            f"{config.max_prompt_tokens}; raise it or choose an easier task"
+        )
+    if len(questions) < wanted:
+        raise ValueError(
+            f"{label} has {len(questions)} distinct usable questions, {wanted} are wanted ({unusable} had a wrong or "
+            f"too long demonstration); lower its weight or widen its options {dict(task.options)}"
+        )
+    return questions
+
+
+def _entries(task: TaskConfig, seed: int, wanted: int) -> Iterator[dict[str, Any]]:
+    size = DRAWS_PER_QUESTION * max(wanted, 1)
+    dataset = reasoning_gym.create_dataset(task.name, seed=seed, size=size, **dict(task.options))
+    for i in range(size):
+        yield dataset[i]
+
+
+def _question(
+    identifier: str,
+    task: TaskConfig,
+    entry: dict[str, Any],
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+) -> Question:
+    prompt = f"{entry['question'].strip()}\n{config.instruction}".strip()
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
+    )
+    solution = demonstration(task.name, entry)
+    return Question(
+        id=identifier,
+        task=task.label or task.name,
+        prompt=prompt,
+        answer=entry["answer"],
+        demonstration=solution,
+        prompt_tokens=tuple(tokenizer(text, add_special_tokens=False).input_ids),
+        demonstration_tokens=(
+            *tokenizer(solution, add_special_tokens=False).input_ids,
+            tokenizer.eos_token_id,
+        ),
+    )

@@ -1,0 +1,154 @@
+"""load_questions with a byte-level tokenizer made here: splits, tokens, demonstrations and refusals."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from hpt_mega.config import DataConfig, TaskConfig
+from hpt_mega.data.questions import load_questions
+from hpt_mega.rewards.math import quick_verdict
+
+TEMPLATE = (
+    "{% for m in messages %}<u>{{ m['content'] }}<e>{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
+)
+EASY = TaskConfig(
+    "chain_sum", 1.0, "easy", {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
+)
+HARD = TaskConfig(
+    "chain_sum", 2.0, "hard", {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 2}
+)
+WORDS = TaskConfig("gsm_symbolic", 1.5, "words")
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    bytes_only = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[]))
+    bytes_only.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bytes_only.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=bytes_only, eos_token="<e>")
+    fast.add_special_tokens({"additional_special_tokens": ["<u>", "<a>"]})
+    fast.chat_template = TEMPLATE
+    return fast
+
+
+def config(
+    *tasks: TaskConfig, train: int = 53, heldout: int = 31, prompt: int = 600, demo: int = 400
+) -> DataConfig:
+    return DataConfig(
+        tasks=list(tasks),
+        train_questions=train,
+        heldout_questions=heldout,
+        max_prompt_tokens=prompt,
+        max_demonstration_tokens=demo,
+        instruction="Box it.",
+        seed=5,
+    )
+
+
+def test_no_question_text_is_met_twice_even_by_tasks_that_overlap(tokenizer: PreTrainedTokenizerFast) -> None:
+    questions = load_questions(config(EASY, HARD, replace(HARD, label="hard again")), tokenizer)
+    texts = [" ".join(question.prompt.lower().split()) for question in questions.train + questions.heldout]
+    assert len(questions.train) == 53 and len(questions.heldout) == 31
+    assert max(Counter(texts).values()) == 1
+    ids = [question.id for question in questions.train + questions.heldout]
+    assert len(set(ids)) == len(ids)
+
+
+def test_the_mixture_follows_the_weights(tokenizer: PreTrainedTokenizerFast) -> None:
+    questions = load_questions(config(EASY, HARD, WORDS, train=90, heldout=45), tokenizer)
+    assert Counter(q.task for q in questions.train) == {"easy": 20, "hard": 40, "words": 30}
+    assert Counter(q.task for q in questions.heldout) == {"easy": 10, "hard": 20, "words": 15}
+
+
+def test_the_same_config_gives_the_same_questions_and_another_seed_others(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    first = load_questions(config(HARD, WORDS), tokenizer)
+    assert first == load_questions(config(HARD, WORDS), tokenizer)
+    assert first.train != load_questions(replace(config(HARD, WORDS), seed=6), tokenizer).train
+
+
+def test_tokens_spell_the_chat_prompt_and_the_demonstration_with_its_stop_token(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    for question in load_questions(config(EASY, WORDS, train=11, heldout=3), tokenizer).train:
+        assert tokenizer.decode(list(question.prompt_tokens)) == f"<u>{question.prompt}<e><a>"
+        assert tokenizer.decode(list(question.demonstration_tokens)) == f"{question.demonstration}<e>"
+        assert question.prompt.endswith("\nBox it.")
+
+
+@pytest.mark.parametrize(
+    "task",
+    [
+        EASY,
+        WORDS,
+        TaskConfig("basic_arithmetic", options={"min_terms": 2, "max_terms": 4, "max_digits": 2}),
+        TaskConfig("decimal_chain_sum", options={"max_terms": 3, "max_digits": 2}),
+        TaskConfig("products", options={"max_digits": 2}),
+        TaskConfig("gcd", options={"max_value": 100}),
+    ],
+    ids=lambda task: task.name,
+)
+def test_every_demonstration_ends_in_a_box_that_earns_the_reward(
+    task: TaskConfig, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    for question in load_questions(config(task, train=37, heldout=7), tokenizer).train:
+        last_line = question.demonstration.split("\n")[-1]
+        assert last_line == f"\\boxed{{{question.answer}}}"
+        verdict = quick_verdict(question.demonstration, question.answer)
+        assert verdict is not None and verdict.reward == 1.0
+
+
+def test_every_equality_in_an_arithmetic_demonstration_holds(tokenizer: PreTrainedTokenizerFast) -> None:
+    task = TaskConfig("basic_arithmetic", options={"min_terms": 3, "max_terms": 5, "max_digits": 2})
+    for question in load_questions(config(task, train=41, heldout=7), tokenizer).train:
+        for line in question.demonstration.split("\n")[:-1]:
+            sides = [eval(side) for side in line.split("=")]  # digits and + - * / of our own making
+            assert sides == pytest.approx([sides[0]] * len(sides))
+
+
+def test_a_task_too_small_for_the_wish_is_an_error_that_counts(tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(ValueError, match=r"easy has \d+ distinct usable questions, 3007 are wanted"):
+        load_questions(config(EASY, train=3000, heldout=7), tokenizer)
+
+
+def test_long_prompts_are_dropped_with_a_count_and_refused_when_most_are(
+    tokenizer: PreTrainedTokenizerFast, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kept = load_questions(config(WORDS, train=11, heldout=3, prompt=400), tokenizer)
+    assert max(len(question.prompt_tokens) for question in kept.train) <= 400
+    assert "prompts above 400 tokens" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"longer than data.max_prompt_tokens=150"):
+        load_questions(config(WORDS, train=11, heldout=3, prompt=150), tokenizer)
+
+
+def test_long_demonstrations_are_left_out(tokenizer: PreTrainedTokenizerFast) -> None:
+    kept = load_questions(config(WORDS, train=11, heldout=3, demo=200), tokenizer)
+    assert max(len(question.demonstration_tokens) for question in kept.train + kept.heldout) <= 200
+
+
+@pytest.mark.parametrize(
+    ("tasks", "message"),
+    [
+        ([], "data.tasks is empty"),
+        ([TaskConfig("telepathy")], "no task 'telepathy'"),
+        ([TaskConfig("chain_sum", weight=0.0)], "weight of chain_sum is 0.0"),
+        ([TaskConfig("chess")], "no task 'chess'"),
+    ],
+)
+def test_impossible_mixtures_are_refused(
+    tasks: list[TaskConfig], message: str, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_questions(config(*tasks), tokenizer)
+
+
+def test_a_task_without_demonstrations_is_refused_by_name(tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(ValueError, match="no demonstrations are known for 'spell_backward'"):
+        load_questions(config(TaskConfig("spell_backward")), tokenizer)
