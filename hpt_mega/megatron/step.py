@@ -92,9 +92,11 @@ def _loss(
     microbatch: MicroBatch, model: PolicyModel, objective: Objective, layout: Layout, hidden_SBH: Tensor
 ) -> tuple[Tensor, Tensor, Metrics]:
     logp_N, entropy_N = token_logprobs_of(microbatch, hidden_SBH, model, objective, layout)
+    logp_BT = microbatch.to_response_grid(logp_N)
     batch = TokenBatch(
-        logp=microbatch.to_response_grid(logp_N),
-        old_logp=microbatch.rollout_logp_BT,
+        logp=logp_BT,
+        old_logp=logp_BT.detach(),  # one update a batch of rollouts: the old policy is the current one
+        rollout_logp=microbatch.rollout_logp_BT,
         mask=microbatch.mask_BT,
         reward=microbatch.reward_B,
         group=microbatch.group_B,

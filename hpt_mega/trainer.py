@@ -1,0 +1,259 @@
+"""The training step of HPT, one stage a line: questions, rollouts, rewards, schedule, update, new weights.
+
+What each stage does lives in its own package; how the parts are made and torn down in worker.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from hpt_mega.checkpoint.store import CheckpointStore
+from hpt_mega.config import Config
+from hpt_mega.data.loader import QuestionLoader
+from hpt_mega.data.packing import MicroBatch, collate, plan_microbatches
+from hpt_mega.evaluation.heldout import Accuracy, evaluate, overall
+from hpt_mega.megatron.optimizer import (
+    DistributedDataParallel,
+    MegatronOptimizer,
+    learning_rate,
+    set_learning_rate,
+)
+from hpt_mega.megatron.runtime import Layout
+from hpt_mega.megatron.state import load_state, save_state
+from hpt_mega.megatron.step import Metrics, Objective, forward_backward, update
+from hpt_mega.objective import Estimator, TokenBatch
+from hpt_mega.rewards.pool import RewardPool
+from hpt_mega.rollout.engine import RolloutEngine, Sample, SamplingParams
+from hpt_mega.scheduler.blend import Schedule, schedule
+from hpt_mega.scheduler.gate import Gate
+from hpt_mega.telemetry.metrics import PhaseTimer
+from hpt_mega.telemetry.run import RunLog
+from hpt_mega.trajectory import Question, Source, Trajectory
+
+
+@dataclass
+class Trainer:
+    """Everything one process needs to train; every rank of the job runs the same methods together."""
+
+    cfg: Config
+    layout: Layout
+    model: DistributedDataParallel
+    optimizer: MegatronOptimizer
+    engine: RolloutEngine
+    estimator: Estimator
+    gate: Gate
+    loader: QuestionLoader
+    heldout: Sequence[Question]
+    rewards: RewardPool | None  # on each replica's leader
+    tokenizer: Any
+    vocab_size: int
+    store: CheckpointStore
+    log: RunLog
+    timer: PhaseTimer
+    step: int = 0  # optimizer steps done; also the policy's version
+
+    def run(self) -> None:
+        """Train from `self.step` to the configured number of steps, evaluating and saving on the way."""
+        if self.step == 0:
+            self.log.record(0, {"step": 0, **self.evaluate()})
+        while self.step < self.cfg.trainer.steps:
+            record = self.train_step()
+            if self._is_due(self.cfg.trainer.eval_every):
+                record |= self.evaluate()
+            self.log.record(self.step, record | {"timing": self.timer.take()})
+            if self._is_due(self.cfg.trainer.save_every):
+                self.save()
+
+    def train_step(self) -> dict[str, Any]:
+        """One step of HPT (arXiv 2509.04419, algorithm 1); returns its metrics."""
+        questions = self.loader.next_batch(self.step)
+        rollouts = self.generate(questions)
+        rewarded = self.reward(questions, rollouts)
+        plan = schedule(rewarded, questions, self.gate, policy_version=self.step)
+        metrics = self.update_policy(plan.trajectories)
+        self.step += 1
+        with self.timer.phase("sync"):
+            self.engine.update_weights(policy_version=self.step)
+        return {"step": self.step, **self._describe(rewarded, plan), **metrics}
+
+    def generate(self, questions: Sequence[Question]) -> list[list[Sample]]:
+        """n samples of the current policy for each question; seeds follow from the step alone."""
+        rollout = self.cfg.rollout
+        seed = hash((self.cfg.seed, self.step, self.layout.dp_rank)) % 2**63
+        sampling = SamplingParams(
+            n=rollout.rollouts_per_question,
+            max_new_tokens=rollout.max_new_tokens,
+            temperature=rollout.temperature,
+            top_p=rollout.top_p,
+            stop_tokens=(self.tokenizer.eos_token_id,),
+            seed=seed,
+        )
+        with self.timer.phase("rollout"):
+            return self.engine.generate([question.prompt_tokens for question in questions], sampling)
+
+    def reward(
+        self, questions: Sequence[Question], rollouts: Sequence[Sequence[Sample]]
+    ) -> list[list[Trajectory]]:
+        """The samples as rewarded trajectories, by question."""
+        answers = [question.answer for question, samples in zip(questions, rollouts, strict=True) for _ in samples]
+        texts = [self.decode(sample.tokens) for samples in rollouts for sample in samples]
+        with self.timer.phase("reward"):
+            rewards = iter(self._score(texts, answers))
+        first_group = self.layout.dp_rank * len(questions)
+        rewarded = [
+            [
+                Trajectory(
+                    prompt_tokens=question.prompt_tokens,
+                    response_tokens=sample.tokens,
+                    group=first_group + index,
+                    source=Source.ONLINE,
+                    policy_version=sample.policy_version,
+                    rollout_logp=sample.logp,
+                    reward=next(rewards),
+                )
+                for sample in samples
+            ]
+            for index, (question, samples) in enumerate(zip(questions, rollouts, strict=True))
+        ]
+        self.log.samples(self.step + 1, questions, texts, [t.reward for group in rewarded for t in group])
+        return rewarded
+
+    def update_policy(self, trajectories: Sequence[Trajectory]) -> Metrics:
+        """One optimizer step on the unified objective over all replicas' trajectories."""
+        rate = learning_rate(self.cfg.optimizer, self.step, self.cfg.trainer.steps)
+        with self.timer.phase("train"):
+            microbatches, denominator = self._plan_update(trajectories)
+            self.model.zero_grad_buffer()
+            self.optimizer.zero_grad()
+            objective = Objective(
+                self.estimator, denominator, self.cfg.rollout.temperature or 1.0, self.vocab_size
+            )
+            sums = forward_backward(self.model, microbatches, objective, self.layout)
+            set_learning_rate(self.optimizer, rate)
+            norm = update(self.optimizer)
+        return _averages(sums) | {"grad_norm": norm, "lr": rate}
+
+    def _plan_update(self, trajectories: Sequence[Trajectory]) -> tuple[list[MicroBatch], float]:
+        """This rank's micro-batches and the global denominator.
+
+        Advantages need whole groups, so they are taken before the split. Trajectories whose gradient is
+        zero (a group that is all right or all wrong) count in the denominator but are not computed.
+        """
+        advantages = self._advantages(trajectories)
+        (denominator,) = self.layout.sum_over_data([self._local_denominator(trajectories)])
+        live = [
+            (t, a) for t, a in zip(trajectories, advantages, strict=True) if self.estimator.trains_on(a, t.weight)
+        ]
+        budget = self.cfg.trainer.tokens_per_microbatch
+        lengths = [len(t) for t, _ in live]
+        (count,) = self.layout.max_over_world([len(plan_microbatches(lengths, budget))])
+        plan = plan_microbatches(lengths, budget, at_least=int(count))
+        multiple = self.layout.tp_size if self.cfg.parallel.sequence_parallel else 1
+        microbatches = [
+            collate([live[i][0] for i in part], [live[i][1] for i in part], multiple_of=multiple) for part in plan
+        ]
+        return microbatches, denominator
+
+    def _advantages(self, trajectories: Sequence[Trajectory]) -> list[float]:
+        if not trajectories:
+            return []
+        return self.estimator.advantages(
+            torch.tensor([t.reward for t in trajectories], dtype=torch.float64),
+            torch.tensor([t.group for t in trajectories]),
+            torch.tensor([int(t.source) for t in trajectories]),
+        ).tolist()
+
+    def _local_denominator(self, trajectories: Sequence[Trajectory]) -> float:
+        if not trajectories:
+            return 0.0
+        inert = collate(trajectories, [0.0] * len(trajectories))
+        logp = torch.zeros(inert.mask_BT.shape)
+        return self.estimator.denominator(
+            TokenBatch(logp=logp, mask=inert.mask_BT, group=inert.group_B, source=inert.source_B)
+        )
+
+    def evaluate(self) -> dict[str, float]:
+        """Greedy held-out accuracy, split over the replicas."""
+        mine = self.heldout[self.layout.dp_rank :: self.layout.dp_size]
+        with self.timer.phase("eval"):
+            local = evaluate(
+                self.engine,
+                mine,
+                self._score,
+                self.decode,
+                self.cfg.rollout.max_new_tokens,
+                (self.tokenizer.eos_token_id,),
+            )
+            by_task: dict[str, Accuracy] = {}
+            for part in self.layout.gather_over_data(local):
+                for task, accuracy in part.items():
+                    by_task[task] = by_task.get(task, Accuracy(0, 0)) + accuracy
+        total = overall(by_task)
+        return {
+            "eval/accuracy": total.value,
+            "eval/standard_error": total.standard_error,
+            **{f"eval/accuracy/{task}": by_task[task].value for task in sorted(by_task)},
+        }
+
+    def save(self) -> None:
+        with self.timer.phase("checkpoint"), self.store.writing(self.step) as folder:
+            save_state(folder, self.model.module, self.optimizer, {"step": self.step}, self.layout)
+
+    def resume(self, step: int) -> None:
+        common = load_state(self.store.path(step), self.model.module, self.optimizer, self.layout)
+        self.step = common["step"]
+        self.engine.update_weights(policy_version=self.step)
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        return str(self.tokenizer.decode(tokens, skip_special_tokens=True))
+
+    def _score(self, texts: Sequence[str], answers: Sequence[str]) -> list[float]:
+        """Rewards from the replica's leader, known to all its ranks."""
+        return self.layout.broadcast_object(self.rewards.score(texts, answers) if self.rewards else None)
+
+    def _is_due(self, every: int) -> bool:
+        """Whether something done `every` steps (0: never) is due; the last step is always due."""
+        return self.step == self.cfg.trainer.steps or (every > 0 and self.step % every == 0)
+
+    def _describe(self, rewarded: Sequence[Sequence[Trajectory]], plan: Schedule) -> Metrics:
+        """Means over all replicas of what was sampled and what the gate made of it."""
+        rollouts = [t for group in rewarded for t in group]
+        tokens = sum(len(t.response_tokens) for t in rollouts)
+        sums = self.layout.sum_over_data(
+            [
+                sum(t.reward for t in rollouts),
+                len(rollouts),
+                float(plan.pass_rate.sum()),
+                plan.sft_fraction * len(rewarded),
+                len(rewarded),
+                tokens,
+                len(plan.trajectories),
+            ]
+        )
+        reward, count, pass_rate, sft, questions, tokens_rollout, trained = sums
+        return {
+            "reward": reward / count,
+            "pass_rate": pass_rate / questions,
+            "sft_fraction": sft / questions,
+            "response_length": tokens_rollout / count,
+            "tokens_rollout": tokens_rollout,
+            "trajectories": trained,
+            "policy_version": self.step,
+        }
+
+
+def _averages(sums: Metrics) -> Metrics:
+    """Per-token means from the step's sums; metrics that are neither sum nor maximum pass through."""
+    tokens = max(1.0, sums["sum/tokens"])
+    return {
+        "loss": sums["sum/loss"],
+        "entropy": sums["sum/entropy"] / tokens,
+        "tokens_trained": sums["sum/tokens"],
+        "logp_gap_mean": sums["sum/logp_gap"] / max(1.0, sums["sum/online_tokens"]),
+        "logp_gap_max": sums["max/logp_gap"],
+        **{name: value for name, value in sums.items() if name.startswith("objective/")},
+    }

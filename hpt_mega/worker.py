@@ -1,0 +1,154 @@
+"""One training process: joins the job, builds the trainer's parts, runs it, and says where it failed.
+
+Started once per rank by launch.py (or srun) as `python -m hpt_mega.worker RUN_DIR/config.yaml`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+import warnings
+from pathlib import Path
+from typing import Any
+
+warnings.filterwarnings("ignore", message=".*(Apex|Transformer Engine).*not installed.*")
+
+import torch  # noqa: E402
+from transformers import AutoTokenizer  # noqa: E402
+
+from hpt_mega.checkpoint.hf import HFCheckpoint, ModelParallelGroups, export_hf, load_into_megatron  # noqa: E402
+from hpt_mega.checkpoint.store import CheckpointStore  # noqa: E402
+from hpt_mega.config import Config, load  # noqa: E402
+from hpt_mega.data.loader import QuestionLoader  # noqa: E402
+from hpt_mega.data.questions import load_questions  # noqa: E402
+from hpt_mega.megatron import runtime  # noqa: E402
+from hpt_mega.megatron.model import DTYPES, build_model  # noqa: E402
+from hpt_mega.megatron.optimizer import build_optimizer, wrap_data_parallel  # noqa: E402
+from hpt_mega.megatron.runtime import Layout  # noqa: E402
+from hpt_mega.objective import algorithm  # noqa: E402
+from hpt_mega.resharding.mapping import family_for  # noqa: E402
+from hpt_mega.rewards.pool import RewardPool  # noqa: E402
+from hpt_mega.rollout.megatron import MegatronEngine  # noqa: E402
+from hpt_mega.scheduler.gate import gate  # noqa: E402
+from hpt_mega.telemetry.metrics import PhaseTimer  # noqa: E402
+from hpt_mega.telemetry.run import RunLog  # noqa: E402
+from hpt_mega.trainer import Trainer  # noqa: E402
+
+
+def main(config_path: str) -> int:
+    cfg = load(Path(config_path))
+    timer = PhaseTimer()
+    layout = runtime.initialize(cfg)
+    try:
+        train(cfg, layout, timer)
+    except BaseException as error:
+        _report_failure(Path(cfg.run_dir), layout, timer, error)
+        raise
+    runtime.shutdown()
+    return 0
+
+
+def train(cfg: Config, layout: Layout, timer: PhaseTimer) -> None:
+    """A whole run: build, resume where asked, train, export, summarise."""
+    run_dir = Path(cfg.run_dir)
+    store = CheckpointStore(run_dir, keep=cfg.trainer.keep_checkpoints)
+    resume_step = store.latest() if cfg.resume == "auto" else None
+    with RunLog(cfg, layout, resume_step) as log:
+        trainer = build_trainer(cfg, layout, store, log, timer)
+        try:
+            if resume_step is not None:
+                trainer.resume(resume_step)
+            trainer.run()
+            if cfg.trainer.export_hf:
+                with timer.phase("export"):
+                    export(cfg, layout, trainer)
+            log.finish()
+        finally:
+            if trainer.rewards:
+                trainer.rewards.close()
+
+
+def build_trainer(
+    cfg: Config, layout: Layout, store: CheckpointStore, log: RunLog, timer: PhaseTimer
+) -> Trainer:
+    """Every part of the training step, from the config."""
+    checkpoint = HFCheckpoint(Path(cfg.model.path))
+    family = family_for(checkpoint.config)
+    shape = family.transformer_config(checkpoint.config)
+    dtype = DTYPES[cfg.precision.dtype]
+    model = build_model(shape, cfg.parallel, layout, dtype)
+    load_into_megatron([model], checkpoint, family, tp_rank=layout.tp_rank, tp_size=layout.tp_size, dtype=dtype)
+    wrapped = wrap_data_parallel(model, cfg)
+    tokenizer = AutoTokenizer.from_pretrained(cfg.model.path)
+    questions = load_questions(cfg.data, tokenizer)
+    estimator = algorithm(cfg.algorithm.name, **_objective_options(cfg))
+    return Trainer(
+        cfg=cfg,
+        layout=layout,
+        model=wrapped,
+        optimizer=build_optimizer(wrapped, cfg),
+        engine=MegatronEngine(
+            model, layout, vocab_size=shape["vocab_size"], max_sequences=cfg.rollout.max_sequences
+        ),
+        estimator=estimator,
+        gate=gate(cfg.gate.name, **cfg.gate.options),
+        loader=QuestionLoader(
+            questions.train, cfg.trainer.questions_per_step, layout.dp_rank, layout.dp_size, cfg.seed
+        ),
+        heldout=questions.heldout,
+        rewards=RewardPool(cfg.reward.kind, cfg.reward.workers, cfg.reward.deadline_s) if layout.is_leader else None,
+        tokenizer=tokenizer,
+        vocab_size=shape["vocab_size"],
+        store=store,
+        log=log,
+        timer=timer,
+    )
+
+
+def export(cfg: Config, layout: Layout, trainer: Trainer) -> None:
+    """The trained policy as a Hugging Face folder, RUN_DIR/hf."""
+    checkpoint = HFCheckpoint(Path(cfg.model.path))
+    if layout.dp_rank != 0:
+        return
+    groups = ModelParallelGroups(
+        tp=layout.tp_group,
+        pp=layout.pp_group,
+        tp_rank=layout.tp_rank,
+        tp_size=layout.tp_size,
+        pp_rank=layout.pp_rank,
+        pp_size=layout.pp_size,
+    )
+    export_hf(
+        [trainer.model.module],
+        family_for(checkpoint.config),
+        checkpoint.config,
+        Path(cfg.run_dir) / "hf",
+        source_dir=Path(cfg.model.path),
+        dtype=DTYPES[cfg.precision.dtype],
+        groups=groups,
+    )
+
+
+def _objective_options(cfg: Config) -> dict[str, Any]:
+    """The row's options; Dr.GRPO's constant length is the longest response there can be."""
+    return {"length": cfg.rollout.max_new_tokens, **cfg.algorithm.options}
+
+
+def _report_failure(run_dir: Path, layout: Layout, timer: PhaseTimer, error: BaseException) -> None:
+    """Leave a file that launch.py merges into one report: which rank failed, when, in which phase."""
+    logs = run_dir / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    report = {
+        "rank": layout.rank,
+        "phase": timer.current or "start-up",
+        "time": timer.now(),
+        "error": f"{type(error).__name__}: {error}",
+        "traceback": traceback.format_exc(),
+    }
+    (logs / f"failure_rank{layout.rank}.json").write_text(json.dumps(report))
+
+
+if __name__ == "__main__":
+    torch.multiprocessing.set_start_method("spawn", force=True)
+    sys.exit(main(sys.argv[1]))
