@@ -57,7 +57,7 @@ class DataConfig:
     heldout_questions: int = 192
     max_prompt_tokens: int = 256
     max_demonstration_tokens: int = 96  # longer ones could not be reproduced within rollout.max_new_tokens
-    instruction: str = ""  # appended to each question
+    instruction: str = ""  # the system message; empty: the chat template's own
     seed: int = 17
 
 

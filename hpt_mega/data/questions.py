@@ -155,10 +155,12 @@ def _question(
     config: DataConfig,
     tokenizer: PreTrainedTokenizerBase,
 ) -> Question:
-    prompt = f"{entry['question'].strip()}\n{config.instruction}".strip()
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
-    )
+    prompt = entry["question"].strip()
+    messages = [{"role": "user", "content": prompt}]
+    if config.instruction:
+        # As the system message it takes the place of a template's default one: one preamble to read, not two.
+        messages.insert(0, {"role": "system", "content": config.instruction})
+    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     solution = demonstration(task.name, entry)
     return Question(
         id=identifier,

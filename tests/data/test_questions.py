@@ -13,9 +13,7 @@ from hpt_mega.config import DataConfig, TaskConfig
 from hpt_mega.data.questions import load_questions
 from hpt_mega.rewards.math import quick_verdict
 
-TEMPLATE = (
-    "{% for m in messages %}<u>{{ m['content'] }}<e>{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
-)
+TEMPLATE = "{% for m in messages %}{{ '<s>' if m['role'] == 'system' else '<u>' }}{{ m['content'] }}<e>{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
 EASY = TaskConfig(
     "chain_sum", 1.0, "easy", {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
 )
@@ -32,7 +30,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
     bytes_only.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bytes_only.decoder = decoders.ByteLevel()
     fast = PreTrainedTokenizerFast(tokenizer_object=bytes_only, eos_token="<e>")
-    fast.add_special_tokens({"additional_special_tokens": ["<u>", "<a>"]})
+    fast.add_special_tokens({"additional_special_tokens": ["<s>", "<u>", "<a>"]})
     fast.chat_template = TEMPLATE
     return fast
 
@@ -78,9 +76,8 @@ def test_tokens_spell_the_chat_prompt_and_the_demonstration_with_its_stop_token(
     tokenizer: PreTrainedTokenizerFast,
 ) -> None:
     for question in load_questions(config(EASY, WORDS, train=11, heldout=3), tokenizer).train:
-        assert tokenizer.decode(list(question.prompt_tokens)) == f"<u>{question.prompt}<e><a>"
+        assert tokenizer.decode(list(question.prompt_tokens)) == f"<s>Box it.<e><u>{question.prompt}<e><a>"
         assert tokenizer.decode(list(question.demonstration_tokens)) == f"{question.demonstration}<e>"
-        assert question.prompt.endswith("\nBox it.")
 
 
 @pytest.mark.parametrize(
