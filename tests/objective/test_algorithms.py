@@ -73,7 +73,7 @@ def make_case(seed: int, offline: bool = False) -> Case:
     reward = torch.where(torch.rand(sequences, generator=generator) < 0.5, 1.0, 0.0).double()
     reward[0:2] = torch.tensor([1.0, 0.0])
     reward[5:8] = 1.0
-    reward[9] = 0.25
+    reward[9] = torch.rand((), dtype=torch.float64, generator=generator)
     source = torch.zeros(sequences, dtype=torch.long)
     if offline:
         source[[1, 6, 11]] = 1

@@ -168,6 +168,17 @@ def test_empty_masks_give_a_finite_loss_and_no_gradient_there(name: str, rows_wi
     assert (out.token_weight[rows_without_tokens] == 0).all()
 
 
+@pytest.mark.parametrize(
+    ("aggregation", "expected"),
+    [("token_mean", 4), ("sequence_mean", 2), ("constant", 3 * 10), ("question_mean", 2)],
+)
+def test_denominators_count_what_their_names_say(aggregation: str, expected: int) -> None:
+    mask = torch.tensor([[True, True, True], [True, False, False], [False, False, False]])
+    batch = TokenBatch(logp=-torch.ones(3, 3), mask=mask, group=torch.tensor([4, 5, 5]))
+    estimator = algorithm("sft", aggregation=aggregation, length=10)
+    assert estimator.denominator(batch) == pytest.approx(expected)
+
+
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in TAKES_OFFLINE])
 def test_a_row_for_rollouts_refuses_demonstrations(name: str) -> None:
     step = tensors(9, name) | {"source": torch.ones(B, dtype=torch.long)}
