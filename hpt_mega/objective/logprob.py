@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+_ROWS_AT_ONCE = 4096  # of the weight gradient, so that a bf16 product is widened while it is in cache
 _LOWEST = -1e30  # stands in for the maximum over no columns; finite, so differences stay finite
 
 
@@ -167,7 +168,7 @@ def _statistics(
         torch.amax(z_CV, dim=1, out=maximum_N[chunk])
         torch.exp(z_CV.sub_(maximum_N[chunk, None]), out=exp_CV)
         torch.sum(exp_CV, dim=1, out=sums_3N[0, chunk])
-        sums_3N[1, chunk] = torch.linalg.vecdot(exp_CV, z_CV)
+        torch.sum(exp_CV.mul_(z_CV), dim=1, out=sums_3N[1, chunk])
     if shard.group is not None:
         local_N = maximum_N.clone()
         dist.all_reduce(maximum_N, op=dist.ReduceOp.MAX, group=shard.group)
@@ -179,10 +180,13 @@ def _statistics(
 
 
 def _accumulate(total_VH: Tensor, grad_CV: Tensor, hidden_CH: Tensor) -> None:
+    """total += grad.T @ hidden, in the dtype of total."""
     if grad_CV.dtype == total_VH.dtype:
         total_VH.addmm_(grad_CV.t(), hidden_CH)
-    else:
-        total_VH.add_(grad_CV.t() @ hidden_CH)
+        return
+    for start in range(0, total_VH.shape[0], _ROWS_AT_ONCE):
+        rows = slice(start, start + _ROWS_AT_ONCE)
+        total_VH[rows].add_((grad_CV[:, rows].t() @ hidden_CH).float())
 
 
 def _softmax_dtype(hidden_NH: Tensor) -> torch.dtype:

@@ -66,7 +66,9 @@ def test_either_output_may_be_used_alone(output: int) -> None:
     torch.testing.assert_close(*(torch.autograd.grad(x.sum(), hidden)[0] for x in (ours, theirs)))
 
 
-def test_bf16_products_keep_fp32_statistics() -> None:
+@pytest.mark.parametrize("rows_at_once", [8, 4096])
+def test_bf16_products_keep_fp32_statistics(rows_at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hpt_mega.objective.logprob._ROWS_AT_ONCE", rows_at_once)
     hidden, weight, targets = inputs(torch.bfloat16)
     hidden.requires_grad_()
     weight.requires_grad_()
