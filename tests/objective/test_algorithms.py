@@ -375,7 +375,7 @@ def test_a_row_with_swapped_parts_is_the_other_row() -> None:
     ],
 )  # fmt: skip
 def test_an_unknown_name_lists_the_known_ones(arguments: tuple[str], options: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="known: .*, "):
+    with pytest.raises(ValueError, match=r"known: .*, "):
         algorithm(*arguments, **options)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -56,7 +57,7 @@ def weight_of(estimator: Estimator, batch: dict[str, Tensor], denominator: float
 
 def cut(order: list[int], cuts: set[int]) -> list[list[int]]:
     edges = [0, *sorted(cuts), len(order)]
-    return [order[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+    return [order[a:b] for a, b in pairwise(edges)]
 
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
