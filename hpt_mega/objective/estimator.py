@@ -113,6 +113,11 @@ class Estimator:
             advantage = torch.where(own, found, advantage)
         return advantage
 
+    def trains_on(self, advantage: float, weight: float = 1.0) -> bool:
+        """Whether such a sequence has a gradient at all; KL and entropy pull even at advantage 0."""
+        options = self.row.options
+        return weight != 0 and (advantage != 0 or options.kl_coef != 0 or options.entropy_coef != 0)
+
     def _halves(self, offline: Tensor) -> Iterator[tuple[Parts, Tensor]]:
         """The row's four parts and the sequences [B] bool they apply to, for rollouts and demonstrations."""
         if self.row.any_source:

@@ -222,6 +222,26 @@ def test_an_advantage_that_differs_between_tokens_is_not_given_per_sequence(name
         estimator.advantages(torch.ones(2), torch.zeros(2, dtype=torch.long))
 
 
+@pytest.mark.parametrize("options", [{}, {"kl_coef": 0.1}, {"entropy_coef": 0.1}])
+@pytest.mark.parametrize(("advantage", "weight"), [(0.0, 1.0), (0.5, 0.0), (-0.5, 0.3)])
+def test_a_sequence_it_does_not_train_on_has_no_gradient(
+    options: dict[str, float], advantage: float, weight: float
+) -> None:
+    step = tensors(16, "grpo")
+    step |= {"advantage": torch.full((B, T), advantage), "weight": torch.full((B,), weight)}
+    entropy = torch.ones(B, T, dtype=torch.float64).requires_grad_()
+    out = algorithm("grpo", **options)(TokenBatch(**step, entropy=entropy))
+    (pull,) = torch.autograd.grad(out.loss, entropy, allow_unused=True)
+    moves = bool((out.token_weight != 0).any()) or (pull is not None and bool((pull != 0).any()))
+    assert algorithm("grpo", **options).trains_on(advantage, weight) == moves
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "dpo"])
+def test_a_batch_of_no_sequences_has_a_loss_of_zero(name: str) -> None:
+    step = {key: value[:0] for key, value in tensors(17, name).items()}
+    assert algorithm(name)(TokenBatch(**step), denominator=3.0).loss.item() == 0
+
+
 def test_a_denominator_must_be_positive() -> None:
     with pytest.raises(ValueError, match="denominator must be above 0; got 0"):
         algorithm("sft")(TokenBatch(**tensors(12, "sft")), denominator=0)
