@@ -1,8 +1,30 @@
-"""The typed config tree (the schema of conf/) and the checks made before any process starts."""
+"""The typed config tree (the schema of conf/) and how a config is composed, saved and loaded.
+
+Whether a config makes sense is checked in validation.py.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import difflib
+import os
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
+
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException, OverrideParseException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+
+class ConfigError(ValueError):
+    """A config that cannot be used; the message says what was given, what was expected, what to change."""
 
 
 @dataclass
@@ -75,6 +97,7 @@ class RolloutConfig:
     max_new_tokens: int = 96
     temperature: float = 1.0
     top_p: float = 1.0
+    max_sequences: int = 128  # decoded together by the embedded engine; bounds its KV cache
 
 
 @dataclass
@@ -117,3 +140,147 @@ class Config:
     run_dir: str = "runs/latest"
     resume: str = "never"  # never | auto
     seed: int = 1234
+
+
+def conf_dir() -> Path:
+    """The folder conf/ of the clone this package was installed from. Raises ConfigError where it is absent."""
+    folder = Path(__file__).resolve().parent.parent / "conf"
+    if not (folder / "config.yaml").is_file():
+        raise ConfigError(
+            f"{folder} holds no config.yaml. The configs live in the repository, beside the package: "
+            "clone it and install it with `pip install -e .`"
+        )
+    return folder
+
+
+def compose(overrides: Iterable[str]) -> Config:
+    """The config of conf/config.yaml with Hydra overrides such as "experiment=demo" or "parallel.pp=3".
+
+    Options of the algorithm and the gate may be named directly: "algorithm.clip_high=0.28" stands for
+    "algorithm.options.clip_high=0.28". Raises ConfigError for unknown keys, choices and wrong types.
+    """
+    checked = [_checked_override(override) for override in overrides]
+    ConfigStore.instance().store(name="schema", node=Config)
+    try:
+        with initialize_config_dir(str(conf_dir()), version_base="1.3", job_name="hpt"):
+            composed = hydra_compose("config", overrides=checked)
+        config = OmegaConf.to_object(composed)
+    except (HydraException, OmegaConfBaseException, YAMLError) as error:
+        raise ConfigError(_explain(error)) from error
+    assert isinstance(config, Config)
+    return config
+
+
+def save(config: Config, path: Path) -> None:
+    """Write the config as YAML; the file is complete whenever it exists."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    OmegaConf.save(OmegaConf.structured(config), partial)
+    partial.replace(path)
+
+
+def load(path: Path) -> Config:
+    """The config in a file that `save` wrote. Raises ConfigError where it is absent or does not fit."""
+    try:
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(path)))
+    except FileNotFoundError:
+        raise ConfigError(f"{path} does not exist; expected the config.yaml of a run folder") from None
+    except (OmegaConfBaseException, YAMLError) as error:
+        raise ConfigError(f"{path}: {_explain(error)}") from error
+    assert isinstance(config, Config)
+    return config
+
+
+_OPTION_SECTIONS = ("algorithm", "gate")  # their options depend on their name; validation.py checks them
+
+
+def _checked_override(override: str) -> str:
+    """The override as Hydra wants it, once its key and, for a group, its choice are known to exist."""
+    match = re.fullmatch(r"([A-Za-z_][\w.]*)=(.*)", override, flags=re.DOTALL)
+    if not match:
+        raise ConfigError(
+            f"got {override!r}, expected KEY=VALUE, for instance parallel.pp=3 or experiment=demo"
+        )
+    key, value = match.groups()
+    choices = _choices(key)
+    if choices is not None:
+        if value not in (*choices, "null"):
+            raise ConfigError(
+                f"{key}={value}: no such choice{_nearest(value, choices)}; known: {', '.join(choices)}"
+            )
+        return override
+    section, _, rest = key.partition(".")
+    if section in _OPTION_SECTIONS and rest not in ("", "name") and not rest.startswith("options."):
+        return f"++{section}.options.{rest}={value}"
+    expected = _type_at(key)
+    if is_dataclass(expected):
+        names = ", ".join(f"{key}.{f.name}" for f in fields(expected))
+        raise ConfigError(f"{key}={value}: {key} is a section, expected one of its keys: {names}")
+    return f"++{override}" if section in _OPTION_SECTIONS else override
+
+
+def _choices(group: str) -> list[str] | None:
+    """What can be chosen for a group of conf/; None where it is no group."""
+    if "." in group or not (conf_dir() / group).is_dir():
+        return None
+    return sorted(path.stem for path in (conf_dir() / group).glob("*.yaml"))
+
+
+def _type_at(key: str) -> Any:
+    """The declared type at a dotted key of the tree. Raises ConfigError for an unknown key."""
+    node: Any = Config
+    for part in key.split("."):
+        if get_origin(node) in (dict, list):
+            node = get_args(node)[-1]
+            continue
+        if not is_dataclass(node):
+            raise ConfigError(f"unknown key {key}: nothing lies below {key.rpartition('.')[0]}")
+        hints = get_type_hints(node)
+        if part not in hints:
+            near = _nearest(key, list(_leaves(Config)))
+            raise ConfigError(f"unknown key {key}{near or '; hpt_mega/config.py lists them all'}")
+        node = hints[part]
+    return node
+
+
+def _leaves(node: Any, prefix: str = "") -> Iterator[str]:
+    for name, hint in get_type_hints(node).items():
+        if is_dataclass(hint):
+            yield from _leaves(hint, f"{prefix}{name}.")
+        else:
+            yield prefix + name
+
+
+def _nearest(given: str, known: list[str]) -> str:
+    """ "; did you mean X?" for the known names closest to the given one, or the last part of it."""
+    last = given.rpartition(".")[2]
+    same_leaf = [name for name in known if name.rpartition(".")[2] == last]
+    close = same_leaf + [
+        name for name in difflib.get_close_matches(given, known, n=2) if name not in same_leaf
+    ]
+    return f"; did you mean {' or '.join(close[:2])}?" if close else ""
+
+
+def _explain(error: BaseException) -> str:
+    """A sentence from what Hydra or OmegaConf raised, in the terms of the schema where it names a key."""
+    if isinstance(error, OverrideParseException):
+        return f"cannot read {error.override!r}: {error}; put a value with = , [ or {{ in quotes: 'key=\"value\"'"
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OmegaConfBaseException):
+        cause = cause.__cause__
+    what = str(cause or error).splitlines()[0]
+    key = getattr(cause, "full_key", None)
+    if not key:
+        return what
+    try:
+        declared = _type_at(key.replace("[", ".").replace("]", ""))
+        return f"{key}: {what}; expected {_describe(declared)}"
+    except ConfigError as unknown:
+        return str(unknown)
+
+
+def _describe(hint: Any) -> str:
+    if isinstance(hint, UnionType):
+        return " or ".join(_describe(one) for one in get_args(hint))
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+    return words.get(hint) or ("a section with keys" if is_dataclass(hint) else str(hint))
