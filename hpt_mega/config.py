@@ -143,7 +143,7 @@ class Config:
 
 
 def conf_dir() -> Path:
-    """The folder conf/ of the clone this package was installed from. Raises ConfigError where it is absent."""
+    """The folder conf/ beside the package. Raises ConfigError where there is none."""
     folder = Path(__file__).resolve().parent.parent / "conf"
     if not (folder / "config.yaml").is_file():
         raise ConfigError(
@@ -210,7 +210,11 @@ def _checked_override(override: str) -> str:
             )
         return override
     section, _, rest = key.partition(".")
-    if section in _OPTION_SECTIONS and rest not in ("", "name") and not rest.startswith("options."):
+    if section in _OPTION_SECTIONS and rest == "name":
+        raise ConfigError(
+            f"got {override!r}; a name comes with its options, so choose it by {section}={value}"
+        )
+    if section in _OPTION_SECTIONS and rest and not rest.startswith("options."):
         return f"++{section}.options.{rest}={value}"
     expected = _type_at(key)
     if is_dataclass(expected):
@@ -264,7 +268,10 @@ def _nearest(given: str, known: list[str]) -> str:
 def _explain(error: BaseException) -> str:
     """A sentence from what Hydra or OmegaConf raised, in the terms of the schema where it names a key."""
     if isinstance(error, OverrideParseException):
-        return f"cannot read {error.override!r}: {error}; put a value with = , [ or {{ in quotes: 'key=\"value\"'"
+        reason = str(error).splitlines()[0]
+        return (
+            f"cannot read {error.override!r}: {reason}; quote a value with special characters: 'key=\"a=b\"'"
+        )
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, OmegaConfBaseException):
         cause = cause.__cause__
@@ -274,9 +281,9 @@ def _explain(error: BaseException) -> str:
         return what
     try:
         declared = _type_at(key.replace("[", ".").replace("]", ""))
-        return f"{key}: {what}; expected {_describe(declared)}"
-    except ConfigError as unknown:
-        return str(unknown)
+    except ConfigError:
+        return f"{key}: {what}"
+    return f"{key}: {what}; expected {_describe(declared)}"
 
 
 def _describe(hint: Any) -> str:

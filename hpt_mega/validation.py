@@ -1,0 +1,239 @@
+"""The checks of a config made before any process starts: does the model fit the layout, do the parts fit.
+
+What a key may hold by its type alone is settled by config.py.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from itertools import chain
+from operator import attrgetter
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hpt_mega.config import Config, ConfigError
+from hpt_mega.data.demonstrations import WRITERS
+from hpt_mega.objective import Row, algorithm
+from hpt_mega.rewards.pool import KINDS
+from hpt_mega.scheduler import gate
+
+ENGINES = ("megatron",)
+PRECISIONS = ("bf16", "fp32")
+SCHEDULES = ("constant", "cosine", "linear")
+RESUME = ("never", "auto")
+
+Problems = Iterator[str]
+
+
+def validate(cfg: Config) -> None:
+    """Raise one ConfigError that lists every problem of the config; return where there is none.
+
+    Reads the model's config.json, the run folder and the environment (torchrun, SLURM, number of GPUs).
+    """
+    shape, problems = _read_model(Path(cfg.model.path))
+    checks = chain(
+        problems,
+        _numbers(cfg),
+        _names(cfg),
+        _layout(cfg, shape),
+        _processes(cfg),
+        _batch(cfg),
+        _lengths(cfg, shape),
+        _objective(cfg),
+        _run_folder(cfg),
+    )
+    found = list(checks)
+    if found:
+        listed = "\n".join(f"  {number}. {problem}" for number, problem in enumerate(found, start=1))
+        count = "1 problem" if len(found) == 1 else f"{len(found)} problems"
+        raise ConfigError(f"{count} in the config; nothing was started\n{listed}")
+
+
+def _read_model(folder: Path) -> tuple[Mapping[str, Any], list[str]]:
+    """The model's config.json (empty where unreadable) and what is wrong with the folder."""
+    how = (
+        f"make the demo's model with `python tools/prepare_demo_model.py --out {folder}`, or set model.path "
+        "to a Hugging Face folder"
+    )
+    if not folder.is_dir():
+        return {}, [f"model.path={folder}: no such folder (looked for {folder.absolute()}); {how}"]
+    problems = []
+    if not any(folder.glob("*.safetensors")):
+        problems.append(f"model.path={folder} holds no *.safetensors; {how}")
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+        problems.append(f"model.path={folder} holds no tokenizer.json; {how}")
+    try:
+        shape = json.loads((folder / "config.json").read_text())
+    except FileNotFoundError:
+        return {}, [*problems, f"model.path={folder} holds no config.json; {how}"]
+    except ValueError as error:
+        return {}, [*problems, f"{folder}/config.json is no JSON: {error}; {how}"]
+    return shape, problems
+
+
+def _numbers(cfg: Config) -> Problems:
+    above_zero = (
+        "parallel.tp parallel.pp parallel.dp data.train_questions data.heldout_questions data.max_prompt_tokens "
+        "data.max_demonstration_tokens reward.workers reward.deadline_s rollout.rollouts_per_question "
+        "rollout.max_new_tokens rollout.max_sequences rollout.top_p optimizer.lr trainer.steps "
+        "trainer.questions_per_step trainer.tokens_per_microbatch trainer.keep_checkpoints trainer.deadline_s"
+    )
+    at_least_zero = (
+        "rollout.temperature optimizer.warmup_steps optimizer.weight_decay optimizer.clip_grad optimizer.beta1 "
+        "optimizer.beta2 optimizer.min_lr_ratio trainer.eval_every trainer.save_every"
+    )
+    for key in above_zero.split():
+        if not (value := attrgetter(key)(cfg)) > 0:
+            yield f"{key} is {value}, expected above 0"
+    for key in at_least_zero.split():
+        if not (value := attrgetter(key)(cfg)) >= 0:
+            yield f"{key} is {value}, expected 0 or above"
+    for key in ("rollout.top_p", "optimizer.min_lr_ratio"):
+        if (value := attrgetter(key)(cfg)) > 1:
+            yield f"{key} is {value}, expected at most 1"
+    for key in ("optimizer.beta1", "optimizer.beta2"):
+        if (value := attrgetter(key)(cfg)) >= 1:
+            yield f"{key} is {value}, expected below 1"
+
+
+def _names(cfg: Config) -> Problems:
+    for key, value, known in (
+        ("precision.dtype", cfg.precision.dtype, PRECISIONS),
+        ("rollout.engine", cfg.rollout.engine, ENGINES),
+        ("reward.kind", cfg.reward.kind, KINDS),
+        ("optimizer.schedule", cfg.optimizer.schedule, SCHEDULES),
+        ("resume", cfg.resume, RESUME),
+    ):
+        if value not in known:
+            yield f"{key} is {value!r}, expected {' or '.join(known)}"
+    if not cfg.data.tasks:
+        yield "data.tasks is empty; name a task, or choose a group such as data=demo"
+    for index, task in enumerate(cfg.data.tasks):
+        if task.name not in WRITERS:
+            yield f"data.tasks.{index}.name is {task.name!r}, expected one of {', '.join(WRITERS)}"
+        if not task.weight > 0:
+            yield f"data.tasks.{index}.weight is {task.weight}, expected above 0"
+
+
+def _layout(cfg: Config, shape: Mapping[str, Any]) -> Problems:
+    parallel = cfg.parallel
+    if parallel.sequence_parallel and parallel.tp == 1:
+        yield "parallel.sequence_parallel needs tensor parallelism and parallel.tp is 1; set tp above 1"
+    heads = shape.get("num_attention_heads")
+    for what, count in (
+        ("attention heads", heads),
+        ("key/value heads", shape.get("num_key_value_heads", heads)),
+        ("feed-forward rows", shape.get("intermediate_size")),
+    ):
+        if count and parallel.tp > 0 and count % parallel.tp:
+            fitting = _divisors(count, heads)
+            yield f"parallel.tp is {parallel.tp} and the model has {count} {what}; expected one of {fitting}"
+    layers = shape.get("num_hidden_layers")
+    if layers and parallel.pp > 0 and layers % parallel.pp:
+        fitting = _divisors(layers, layers)
+        yield f"parallel.pp is {parallel.pp} and the model has {layers} layers; expected one of {fitting}"
+
+
+def _divisors(number: int, limit: int | None) -> str:
+    return ", ".join(str(d) for d in range(1, min(number, limit or number) + 1) if number % d == 0)
+
+
+def _processes(cfg: Config) -> Problems:
+    parallel = cfg.parallel
+    wanted = f"parallel.tp x pp x dp = {parallel.tp} x {parallel.pp} x {parallel.dp} = {parallel.world_size}"
+    started = os.environ.get("WORLD_SIZE")
+    nodes = os.environ.get("SLURM_JOB_NUM_NODES", "1")
+    gpus = torch.cuda.device_count()
+    if started is not None:
+        if started != str(parallel.world_size):
+            yield f"WORLD_SIZE is {started} and {wanted}; start as many processes, or change the layout"
+    elif nodes != "1":
+        yield f"this SLURM job has {nodes} nodes, `hpt train` starts processes on one; use srun torchrun"
+    elif 0 < gpus < parallel.world_size:
+        yield f"{wanted} processes are wanted and this machine has {gpus} GPUs; lower one of the three"
+
+
+def _batch(cfg: Config) -> Problems:
+    questions, dp = cfg.trainer.questions_per_step, cfg.parallel.dp
+    if dp > 0 and questions % dp:
+        fitting = f"{max(1, questions // dp) * dp} or {(questions // dp + 1) * dp}"
+        yield f"trainer.questions_per_step is {questions} and parallel.dp is {dp}; expected {fitting}"
+    if questions > cfg.data.train_questions:
+        yield (
+            f"trainer.questions_per_step is {questions} and data.train_questions {cfg.data.train_questions}; "
+            "a step cannot ask more than there are"
+        )
+
+
+def _lengths(cfg: Config, shape: Mapping[str, Any]) -> Problems:
+    positions = shape.get("max_position_embeddings")
+    response = max(cfg.rollout.max_new_tokens, cfg.data.max_demonstration_tokens)
+    longest = cfg.data.max_prompt_tokens + response
+    if positions and longest > positions:
+        yield (
+            f"data.max_prompt_tokens {cfg.data.max_prompt_tokens} + the longest response {response} = "
+            f"{longest} tokens and the model has {positions} positions; lower rollout.max_new_tokens, "
+            "data.max_demonstration_tokens or data.max_prompt_tokens"
+        )
+
+
+def _objective(cfg: Config) -> Problems:
+    """The algorithm, the gate, and whether the algorithm can train on what the gate sends."""
+    n = cfg.rollout.rollouts_per_question
+    try:
+        estimator = algorithm(cfg.algorithm.name, **cfg.algorithm.options)
+    except ValueError as error:
+        yield f"algorithm: {error}"
+        return
+    try:
+        weigh = gate(cfg.gate.name, **cfg.gate.options)
+    except ValueError as error:
+        yield f"gate: {error}"
+        return
+    row = estimator.row
+    if not estimator.advantage_per_sequence:
+        yield (
+            f"algorithm={row.name}: advantage '{row.parts.advantage}' is not one number a rollout, which is all "
+            "that `hpt train` computes; choose another (`hpt algorithms`)"
+        )
+    alpha, beta = weigh(torch.linspace(0, 1, max(n, 1) + 1, dtype=torch.float64))
+    yield from _gate_fits(row, bool((alpha > 0).any()), bool((beta > 0).any()), cfg.gate.name)
+    if (
+        n == 1
+        and bool((alpha > 0).any())
+        and row.parts.advantage in ("group_mean", "group_norm", "leave_one_out")
+    ):
+        yield (
+            f"algorithm={row.name} compares the rollouts of a question and rollout.rollouts_per_question "
+            "is 1: every advantage would be 0; set at least 2"
+        )
+
+
+def _gate_fits(row: Row, rollouts: bool, demonstrations: bool, gate_name: str) -> Problems:
+    if demonstrations and row.offline is None and not row.any_source:
+        yield (
+            f"algorithm={row.name} trains on rollouts only and gate {gate_name!r} sends questions to their "
+            "demonstrations; set gate=rollouts"
+        )
+    if rollouts and row.any_source and row.parts.advantage == "one":
+        yield (
+            f"algorithm={row.name} would imitate its own rollouts, right or wrong, where gate {gate_name!r} "
+            "keeps them; set gate=demonstrations"
+        )
+
+
+def _run_folder(cfg: Config) -> Problems:
+    folder = Path(cfg.run_dir)
+    if folder.exists() and not folder.is_dir():
+        yield f"run_dir={folder} is a file; choose another folder"
+    if cfg.resume == "never" and is_unfinished(folder):
+        yield f"run_dir={folder} holds an unfinished run; set resume=auto to go on, or another run_dir"
+
+
+def is_unfinished(run_dir: Path) -> bool:
+    """Whether a run has begun there and not ended."""
+    return (run_dir / "metrics.jsonl").is_file() and not (run_dir / "summary.json").is_file()
