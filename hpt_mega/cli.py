@@ -1,0 +1,144 @@
+"""The command `hpt`: its verbs, their help, and how errors reach the user.
+
+What a verb does lives in the module it calls; those are imported when the verb runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+
+from hpt_mega.config import ConfigError, compose
+
+CONFIG_ERROR = 2  # exit code; argparse's own for a wrong command line
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one verb and return its exit code: 0 done, 1 failed, 2 refused."""
+    options = _parser().parse_args(arguments)
+    try:
+        code: int = options.run(options)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return CONFIG_ERROR
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="hpt",
+        description="Hybrid post-training: reinforcement learning where a question is solved at times, "
+        "supervised fine-tuning where it never is, in one objective.",
+        epilog="example: hpt train experiment=demo",
+    )
+    parser.add_argument("--version", action="version", version=f"hpt {version('hpt_mega')}")
+    verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
+
+    train = verbs.add_parser(
+        "train",
+        help="train a model",
+        description="Train a model; everything a run leaves is in its run_dir.",
+        epilog="example: hpt train experiment=demo parallel.pp=3 trainer.steps=50 run_dir=runs/pp3; "
+        "hpt train experiment=demo resume=auto goes on with an interrupted run",
+    )
+    train.add_argument(
+        "overrides", nargs="*", metavar="KEY=VALUE", help="Hydra overrides; groups and defaults are in conf/"
+    )
+    train.set_defaults(run=_train)
+
+    report = verbs.add_parser(
+        "report",
+        help="write a run's HTML report anew",
+        description="Write report.html and the plots of a run from its metrics.jsonl.",
+        epilog="example: hpt report runs/demo",
+    )
+    report.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    report.set_defaults(run=_report)
+
+    algorithms = verbs.add_parser(
+        "algorithms",
+        help="list the algorithms with their gradients",
+        description="Every algorithm as a row: the gradient of its objective, its normaliser, its paper.",
+        epilog="example: hpt algorithms; hpt train experiment=demo algorithm=grpo algorithm.clip_high=0.28",
+    )
+    algorithms.set_defaults(run=_algorithms)
+
+    doctor = verbs.add_parser(
+        "doctor",
+        help="what is installed and what each missing part would give",
+        description="What is installed, which implementation each fused piece takes, what is missing.",
+        epilog="example: hpt doctor --json",
+    )
+    doctor.add_argument("--json", action="store_true", help="one JSON object instead of tables")
+    doctor.set_defaults(run=_doctor)
+    return parser
+
+
+def _train(options: argparse.Namespace) -> int:
+    cfg = compose(options.overrides)
+
+    from hpt_mega.launch import launch
+    from hpt_mega.validation import validate
+
+    validate(cfg)
+    return launch(cfg)
+
+
+def _report(options: argparse.Namespace) -> int:
+    if not (options.run_dir / "metrics.jsonl").is_file():
+        raise ConfigError(f"{options.run_dir} holds no metrics.jsonl; expected the run_dir of `hpt train`")
+
+    from hpt_mega.telemetry.report import write_report
+
+    print(write_report(options.run_dir))
+    return 0
+
+
+def _algorithms(options: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.table import Table
+
+    from hpt_mega.objective import rows
+
+    table = Table("algorithm", "gradient, per token", "normaliser", "paper", show_lines=True)
+    for row in rows():
+        table.add_row(row.name, row.formula.replace(";  ", "\n"), row.aggregation, row.paper)
+    Console(markup=False).print(table)
+    return 0
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.table import Table
+
+    from hpt_mega.doctor import diagnose
+
+    found = diagnose()
+    if options.json:
+        print(json.dumps(asdict(found), indent=2))
+        return 0
+    console = Console(markup=False)  # [gpu] is an extra, no markup
+    console.print(
+        f"Python {found.python}, {len(found.gpus)} GPUs{': ' if found.gpus else ''}{', '.join(found.gpus)}"
+    )
+    packages = Table("package", "version", "gives", "if missing")
+    for package in found.packages:
+        install = "" if package.version else package.install
+        packages.add_row(
+            package.name, package.version or "missing", package.gives, install, end_section=False
+        )
+    console.print(packages)
+    pieces = Table("piece of the step", "computed here by")
+    for piece, taken in found.pieces.items():
+        pieces.add_row(piece, taken)
+    console.print(pieces)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
