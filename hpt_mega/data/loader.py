@@ -27,7 +27,8 @@ class QuestionLoader:
             raise ValueError(f"dp_rank is {dp_rank}, expected 0 to {dp_size - 1}")
         if questions_per_step < 1 or questions_per_step % dp_size:
             raise ValueError(
-                f"trainer.questions_per_step is {questions_per_step}, expected a multiple of parallel.dp={dp_size}"
+                f"trainer.questions_per_step is {questions_per_step}, "
+                f"expected a multiple of parallel.dp={dp_size}"
             )
         if questions_per_step > len(questions):
             raise ValueError(

@@ -125,9 +125,8 @@ def _draw(
             seen.add(text)
             questions.append(question)
     if long_prompts:
-        print(
-            f"data: {label}: dropped {long_prompts} of {drawn} prompts above {config.max_prompt_tokens} tokens"
-        )
+        limit = config.max_prompt_tokens
+        print(f"data: {label}: dropped {long_prompts} of {drawn} prompts above {limit} tokens")
     if 2 * long_prompts > drawn:
         raise ValueError(
             f"{long_prompts} of {drawn} prompts of {label} are longer than data.max_prompt_tokens="
@@ -135,8 +134,8 @@ def _draw(
         )
     if len(questions) < wanted:
         raise ValueError(
-            f"{label} has {len(questions)} distinct usable questions, {wanted} are wanted ({unusable} had a wrong or "
-            f"too long demonstration); lower its weight or widen its options {dict(task.options)}"
+            f"{label} has {len(questions)} distinct usable questions, {wanted} are wanted ({unusable} had a "
+            f"wrong or too long demonstration); lower its weight or widen its options {dict(task.options)}"
         )
     return questions
 

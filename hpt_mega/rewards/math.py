@@ -34,7 +34,7 @@ class Verdict:
 
 
 def last_boxed(text: str) -> str | None:
-    r"""Content of the last \boxed{...}, braces balanced; "" where it never closes; None where there is none."""
+    r"""Content of the last \boxed{...}, braces balanced; "" where it never closes; None without one."""
     start = text.rfind(r"\boxed{")
     if start < 0:
         return None
@@ -48,7 +48,7 @@ def last_boxed(text: str) -> str | None:
 
 
 def final_answer(response: str) -> str | None:
-    r"""The last \boxed{...}; else what follows the last '####' or 'answer is'; else the last number; else None."""
+    r"""The last \boxed{...}, else the text after the last '####' or 'answer is', else the last number."""
     text = response[-TAIL_CHARACTERS:]
     boxed = last_boxed(text)
     if boxed is not None:
@@ -62,9 +62,9 @@ def final_answer(response: str) -> str | None:
 
 
 def plain_number(text: str) -> Fraction | None:
-    r"""The exact value of an integer, decimal or fraction, undecorated of $, thousands commas, \text{} and a unit.
+    r"""The exact value of an integer, decimal or fraction; None where the text is anything else.
 
-    None where the text is anything else.
+    Dollar signs, thousands commas, \text{...}, a unit behind and "x =" before do not count.
     """
     text = _DECORATION.sub(" ", text.replace("−", "-").replace("{,}", ",")).strip().rstrip(".").strip()
     text = _NAMED.sub("", text)

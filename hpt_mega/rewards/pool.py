@@ -1,10 +1,11 @@
-"""Verdicts on many responses at once: plain ones in process, the rest in worker processes with a hard deadline.
+"""Verdicts on many responses: plain ones in process, the rest in worker processes with a hard deadline.
 
 How an answer is read and compared lives in math.py and worker.py.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import selectors
@@ -24,7 +25,7 @@ START_DEADLINE_S = 120.0  # importing sympy on a loaded machine
 
 
 class _Worker:
-    """One worker process and the item it is busy with. A pipe of JSON lines: no pickle, no import of __main__."""
+    """One worker process and its item. Pipes of JSON lines: no pickle, and __main__ is not imported again."""
 
     def __init__(self, deadline_s: float) -> None:
         root = str(Path(__file__).parents[2])
@@ -53,10 +54,9 @@ class _Worker:
     def send(self, item: int, given: str, answer: str, deadline_s: float) -> None:
         self.item = item
         self.must_reply_by = time.monotonic() + deadline_s
-        try:
+        # Where it died while idle, the end of its output is noticed next and the item counted there.
+        with contextlib.suppress(BrokenPipeError):
             self.requests.write(json.dumps({"given": given, "answer": answer}).encode() + b"\n")
-        except BrokenPipeError:
-            pass  # it died while idle; the end of its output is noticed next and the item counted there
 
     def receive(self) -> dict[str, Any] | None:
         """The next reply, {} where it is not complete yet, None where the process has ended."""
@@ -90,7 +90,8 @@ class RewardPool:
             raise ValueError(f"reward.kind is {kind!r}, expected one of {', '.join(KINDS)}")
         if workers < 1 or not deadline_s > 0:
             raise ValueError(
-                f"reward.workers is {workers} and reward.deadline_s {deadline_s}; at least 1 and above 0 are needed"
+                f"reward.workers is {workers} and reward.deadline_s {deadline_s}; "
+                "at least 1 and above 0 are needed"
             )
         self._deadline_s = deadline_s
         # Started now, so that their imports overlap with the first rollout.
@@ -104,7 +105,7 @@ class RewardPool:
     def verdicts(self, responses: Sequence[str], answers: Sequence[str]) -> list[Verdict]:
         """Rewards with reasons, in order. Takes at most about deadline_s * hard answers / workers seconds.
 
-        Raises ValueError on unequal lengths, RuntimeError where no worker can be started or the pool is closed.
+        Raises ValueError on unequal lengths, RuntimeError where no worker starts or the pool is closed.
         """
         if len(responses) != len(answers):
             raise ValueError(
@@ -165,7 +166,8 @@ class RewardPool:
         worker.kill()
         if not worker.ready:
             raise RuntimeError(
-                f"a reward worker did not start within {START_DEADLINE_S:g} s (exit code {worker.process.returncode}). "
+                f"a reward worker did not start within {START_DEADLINE_S:g} s "
+                f"(exit code {worker.process.returncode}). "
                 f"Try: {sys.executable} -m hpt_mega.rewards.worker {self._deadline_s:g}"
             )
         if worker.item is not None:

@@ -1,6 +1,6 @@
 """The process that compares answers symbolically: one JSON line in, one JSON line out, until its input ends.
 
-Started by pool.py as `python -m hpt_mega.rewards.worker DEADLINE_S`. It imports neither torch nor the trainer.
+Started by pool.py as `python -m hpt_mega.rewards.worker DEADLINE_S`. It never imports torch.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def limit_resources() -> None:
 
 
 def symbolic_comparison(deadline_s: float) -> Callable[[str, str], tuple[float, str]]:
-    """compare(given, answer) -> (reward, why) by math-verify, each of its stages within a third of deadline_s."""
+    """compare(given, answer) -> (reward, why) by math-verify; each stage gets a third of deadline_s."""
     from math_verify import parse, verify
 
     seconds = max(1, int(deadline_s / 3))
@@ -40,7 +40,7 @@ def symbolic_comparison(deadline_s: float) -> Callable[[str, str], tuple[float, 
             same = verify(expected, value, timeout_seconds=seconds)
         except MemoryError:
             return 0.0, "memory limit"
-        except Exception as error:  # noqa: BLE001 (what fails in the parser is a wrong answer, not a crash)
+        except Exception as error:  # what fails in the parser is a wrong answer, not a crash of training
             return 0.0, f"{type(error).__name__} in math-verify"
         return (1.0, "symbolically equal") if same else (0.0, "symbolically different")
 
@@ -60,8 +60,8 @@ def main() -> int:
     replies.write(json.dumps({"ready": True}) + "\n")
     for line in sys.stdin:
         request = json.loads(line)
-        # A big-integer power holds the interpreter for minutes, deaf to Python signal handlers. This timer ends
-        # such a process even when the trainer that would have killed it is gone.
+        # A big-integer power holds the interpreter for minutes, deaf to Python signal handlers. This timer
+        # ends such a process even when the trainer that would have killed it is gone.
         signal.setitimer(signal.ITIMER_PROF, 2 * deadline_s)
         reward, why = compare(request["given"], request["answer"])
         signal.setitimer(signal.ITIMER_PROF, 0)

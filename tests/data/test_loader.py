@@ -1,4 +1,4 @@
-"""The laws of QuestionLoader: epochs without repeats or gaps, sharding that changes nothing, resume by step."""
+"""The laws of QuestionLoader: epochs without repeats or gaps, sharding without effect, resume by step."""
 
 from __future__ import annotations
 

@@ -13,7 +13,10 @@ from hpt_mega.config import DataConfig, TaskConfig
 from hpt_mega.data.questions import load_questions
 from hpt_mega.rewards.math import quick_verdict
 
-TEMPLATE = "{% for m in messages %}{{ '<s>' if m['role'] == 'system' else '<u>' }}{{ m['content'] }}<e>{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
+TEMPLATE = (
+    "{% for m in messages %}{{ '<s>' if m['role'] == 'system' else '<u>' }}{{ m['content'] }}<e>{% endfor %}"
+    "{% if add_generation_prompt %}<a>{% endif %}"
+)
 EASY = TaskConfig(
     "chain_sum", 1.0, "easy", {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
 )
