@@ -23,14 +23,15 @@ DEFAULT_OUT = Path("models/smollm2-135m-instruct")
 # Plain English the model has not been fitted to. A wrong dequantisation (a transposed query, a permuted
 # rotary half) raises the perplexity by an order of magnitude; the bound leaves room for rounding only.
 CHECK_TEXT = (
-    "The ferry left the harbour a little after seven, when the fog had begun to lift from the water. "
-    "On the upper deck an old man was feeding the gulls with crumbs from his breakfast, and two children "
-    "watched him without saying a word. Their mother sat by the window below and read a letter that she had "
-    "already read twice. It said that the house was sold, that the garden would be cleared before the "
-    "winter, and that the piano could stay where it was until somebody found a way to carry it down the "
-    "stairs. She folded the paper, put it back into her coat, and looked at the island growing larger ahead of them. "
-    "Most of the people on board knew each other. They talked about the price of diesel, about the new "
-    "school, and about the storm that had taken the roof off the post office last March."
+    "The ferry left the harbour a little after seven, when the fog had begun to lift from the water. On "
+    "the upper deck an old man was feeding the gulls with crumbs from his breakfast, and two children "
+    "watched him without saying a word. Their mother sat by the window below and read a letter that she "
+    "had already read twice. It said that the house was sold, that the garden would be cleared before "
+    "the winter, and that the piano could stay where it was until somebody found a way to carry it down "
+    "the stairs. She folded the paper, put it back into her coat, and looked at the island growing "
+    "larger ahead of them. Most of the people on board knew each other. They talked about the price of "
+    "diesel, about the new school, and about the storm that had taken the roof off the post office last "
+    "March."
 )
 PERPLEXITY_BOUND = 30.0
 BF16_TOLERANCE = 0.01  # relative change of the perplexity by rounding to bf16
@@ -64,7 +65,7 @@ def perplexity(logits: torch.Tensor, tokenizer: PreTrainedTokenizerBase) -> floa
 
 
 def load_gguf(gguf: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The dequantised model in fp32, with its quantisation forgotten (or it cannot be saved), and the tokenizer."""
+    """The dequantised fp32 model, without the quantisation mark that bars saving, and its tokenizer."""
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32).eval()
     del model.config.quantization_config
