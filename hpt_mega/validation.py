@@ -77,14 +77,14 @@ def _read_model(folder: Path) -> tuple[Mapping[str, Any], list[str]]:
 
 def _numbers(cfg: Config) -> Problems:
     above_zero = (
-        "parallel.tp parallel.pp parallel.dp data.train_questions data.heldout_questions data.max_prompt_tokens "
-        "data.max_demonstration_tokens reward.workers reward.deadline_s rollout.rollouts_per_question "
-        "rollout.max_new_tokens rollout.max_sequences rollout.top_p optimizer.lr trainer.steps "
+        "parallel.tp parallel.pp parallel.dp data.train_questions data.heldout_questions "
+        "data.max_prompt_tokens data.max_demonstration_tokens reward.workers reward.deadline_s "
+        "rollout.rollouts_per_question rollout.max_new_tokens rollout.max_sequences rollout.top_p optimizer.lr trainer.steps "
         "trainer.questions_per_step trainer.tokens_per_microbatch trainer.keep_checkpoints trainer.deadline_s"
     )
     at_least_zero = (
-        "rollout.temperature optimizer.warmup_steps optimizer.weight_decay optimizer.clip_grad optimizer.beta1 "
-        "optimizer.beta2 optimizer.min_lr_ratio trainer.eval_every trainer.save_every"
+        "rollout.temperature optimizer.warmup_steps optimizer.weight_decay optimizer.clip_grad "
+        "optimizer.beta1 optimizer.beta2 optimizer.min_lr_ratio trainer.eval_every trainer.save_every"
     )
     for key in above_zero.split():
         if not (value := attrgetter(key)(cfg)) > 0:
@@ -197,8 +197,8 @@ def _objective(cfg: Config) -> Problems:
     row = estimator.row
     if not estimator.advantage_per_sequence:
         yield (
-            f"algorithm={row.name}: advantage '{row.parts.advantage}' is not one number a rollout, which is all "
-            "that `hpt train` computes; choose another (`hpt algorithms`)"
+            f"algorithm={row.name}: advantage '{row.parts.advantage}' is not one number a rollout, which is "
+            "all that `hpt train` computes; choose another (`hpt algorithms`)"
         )
     alpha, beta = weigh(torch.linspace(0, 1, max(n, 1) + 1, dtype=torch.float64))
     yield from _gate_fits(row, bool((alpha > 0).any()), bool((beta > 0).any()), cfg.gate.name)

@@ -17,8 +17,9 @@ warnings.filterwarnings("ignore", message=".*(Apex|Transformer Engine).*not inst
 import torch  # noqa: E402
 from transformers import AutoTokenizer  # noqa: E402
 
-from hpt_mega.checkpoint.hf import HFCheckpoint, ModelParallelGroups, export_hf, load_into_megatron  # noqa: E402
+from hpt_mega.checkpoint.hf import HFCheckpoint  # noqa: E402
 from hpt_mega.checkpoint.store import CheckpointStore  # noqa: E402
+from hpt_mega.checkpoint.weights import export_hf, load_hf  # noqa: E402
 from hpt_mega.config import Config, load  # noqa: E402
 from hpt_mega.data.loader import QuestionLoader  # noqa: E402
 from hpt_mega.data.questions import load_questions  # noqa: E402
@@ -75,10 +76,9 @@ def build_trainer(
     """Every part of the training step, from the config."""
     checkpoint = HFCheckpoint(Path(cfg.model.path))
     family = family_for(checkpoint.config)
-    shape = family.transformer_config(checkpoint.config)
-    dtype = DTYPES[cfg.precision.dtype]
-    model = build_model(shape, cfg.parallel, layout, dtype)
-    load_into_megatron([model], checkpoint, family, tp_rank=layout.tp_rank, tp_size=layout.tp_size, dtype=dtype)
+    shape = family.read_shape(checkpoint.config)
+    model = build_model(shape, cfg.parallel, layout, DTYPES[cfg.precision.dtype])
+    load_hf(model, checkpoint, family, shape, layout)
     wrapped = wrap_data_parallel(model, cfg)
     tokenizer = AutoTokenizer.from_pretrained(cfg.model.path)
     questions = load_questions(cfg.data, tokenizer)
@@ -89,7 +89,7 @@ def build_trainer(
         model=wrapped,
         optimizer=build_optimizer(wrapped, cfg),
         engine=MegatronEngine(
-            model, layout, vocab_size=shape["vocab_size"], max_sequences=cfg.rollout.max_sequences
+            model, layout, vocab_size=shape.vocab_size, max_sequences=cfg.rollout.max_sequences
         ),
         estimator=estimator,
         gate=gate(cfg.gate.name, **cfg.gate.options),
@@ -97,9 +97,11 @@ def build_trainer(
             questions.train, cfg.trainer.questions_per_step, layout.dp_rank, layout.dp_size, cfg.seed
         ),
         heldout=questions.heldout,
-        rewards=RewardPool(cfg.reward.kind, cfg.reward.workers, cfg.reward.deadline_s) if layout.is_leader else None,
+        rewards=RewardPool(cfg.reward.kind, cfg.reward.workers, cfg.reward.deadline_s)
+        if layout.is_leader
+        else None,
         tokenizer=tokenizer,
-        vocab_size=shape["vocab_size"],
+        vocab_size=shape.vocab_size,
         store=store,
         log=log,
         timer=timer,
@@ -108,25 +110,13 @@ def build_trainer(
 
 def export(cfg: Config, layout: Layout, trainer: Trainer) -> None:
     """The trained policy as a Hugging Face folder, RUN_DIR/hf."""
-    checkpoint = HFCheckpoint(Path(cfg.model.path))
     if layout.dp_rank != 0:
         return
-    groups = ModelParallelGroups(
-        tp=layout.tp_group,
-        pp=layout.pp_group,
-        tp_rank=layout.tp_rank,
-        tp_size=layout.tp_size,
-        pp_rank=layout.pp_rank,
-        pp_size=layout.pp_size,
-    )
+    source = Path(cfg.model.path)
+    config = HFCheckpoint(source).config
+    family = family_for(config)
     export_hf(
-        [trainer.model.module],
-        family_for(checkpoint.config),
-        checkpoint.config,
-        Path(cfg.run_dir) / "hf",
-        source_dir=Path(cfg.model.path),
-        dtype=DTYPES[cfg.precision.dtype],
-        groups=groups,
+        trainer.model.module, family, family.read_shape(config), Path(cfg.run_dir) / "hf", source, layout
     )
 
 

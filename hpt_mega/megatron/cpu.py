@@ -17,8 +17,9 @@ from torch.utils._device import _device_constructors
 
 _CPU = torch.device("cpu")
 _FACTORIES = (
-    "zeros empty ones full tensor arange rand randn linspace zeros_like empty_like ones_like full_like"
-).split()
+    *("zeros", "empty", "ones", "full", "tensor", "arange", "rand", "randn", "linspace"),
+    *("zeros_like", "empty_like", "ones_like", "full_like"),
+)
 _installed = False
 
 
@@ -76,7 +77,7 @@ def _import_megatron_uncompiled() -> None:
         for name in ("models.gpt.gpt_layer_specs", "transformer.moe.moe_layer", "optimizer"):
             importlib.import_module(f"megatron.core.{name}")
     finally:
-        torch.compile = compile_fn  # type: ignore[assignment]
+        torch.compile = compile_fn
 
 
 def _answer_for_cuda_runtime() -> None:
@@ -188,7 +189,9 @@ def _patch_optimizer() -> None:
             return original_type(self, dtype, **kwargs)
         name = original_type(self)
         caller = sys._getframe(1).f_globals.get("__name__", "")
-        return name.replace("torch.", "torch.cuda.", 1) if caller.startswith("megatron.core.optimizer") else name
+        return (
+            name.replace("torch.", "torch.cuda.", 1) if caller.startswith("megatron.core.optimizer") else name
+        )
 
     torch.Tensor.type = type_name  # type: ignore[assignment, method-assign]
 

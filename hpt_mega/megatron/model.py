@@ -29,6 +29,8 @@ from megatron.core.transformer.utils import set_model_to_sequence_parallel  # no
 
 from hpt_mega.megatron.attention import CoreAttention  # noqa: E402
 from hpt_mega.megatron.runtime import Layout  # noqa: E402
+from hpt_mega.resharding.mapping.fusion import padded_vocab_size  # noqa: E402
+from hpt_mega.resharding.mapping.shape import ModelShape, RopeScaling  # noqa: E402
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -84,15 +86,19 @@ class PolicyModel(GPTModel):
         return [layer.self_attention.core_attention for layer in self.decoder.layers]
 
 
-def transformer_config(shape: dict[str, Any], parallel: ParallelConfig, dtype: torch.dtype) -> TransformerConfig:
-    """Megatron's config from a family's `transformer_config` (resharding/mapping) and the layout."""
+def transformer_config(shape: ModelShape, parallel: ParallelConfig, dtype: torch.dtype) -> TransformerConfig:
+    """Megatron's config of the model and the layout."""
     on_gpu = torch.cuda.is_available()
-    keys = (
-        "num_layers hidden_size num_attention_heads num_query_groups ffn_hidden_size kv_channels "
-        "layernorm_epsilon add_qkv_bias qk_layernorm"
-    ).split()
     return TransformerConfig(
-        **{key: shape[key] for key in keys if key in shape},
+        num_layers=shape.num_layers,
+        hidden_size=shape.hidden_size,
+        num_attention_heads=shape.num_attention_heads,
+        num_query_groups=shape.num_query_groups,
+        kv_channels=shape.head_dim,
+        ffn_hidden_size=shape.ffn_hidden_size,
+        layernorm_epsilon=shape.norm_epsilon,
+        add_qkv_bias=shape.qkv_bias,
+        qk_layernorm=shape.qk_norm,
         normalization="RMSNorm",
         gated_linear_unit=True,
         activation_func=torch.nn.functional.silu,
@@ -128,25 +134,36 @@ def layer_spec(config: TransformerConfig) -> ModuleSpec:
     return spec
 
 
-def padded_vocab_size(vocab_size: int, tp_size: int) -> int:
-    """The vocabulary rounded up so that every tensor-parallel rank holds equally many rows."""
-    return -(-vocab_size // tp_size) * tp_size
-
-
-def build_model(shape: dict[str, Any], parallel: ParallelConfig, layout: Layout, dtype: torch.dtype) -> PolicyModel:
+def build_model(
+    shape: ModelShape, parallel: ParallelConfig, layout: Layout, dtype: torch.dtype
+) -> PolicyModel:
     """This rank's pipeline stage, with uninitialised weights, on the CPU or the current GPU."""
     config = transformer_config(shape, parallel, dtype)
     model = PolicyModel(
         config,
         layer_spec(config),
-        vocab_size=padded_vocab_size(shape["vocab_size"], layout.tp_size),
-        max_sequence_length=shape["max_position_embeddings"],
+        vocab_size=padded_vocab_size(shape.vocab_size, layout.tp_size),
+        max_sequence_length=shape.max_position_embeddings,
         pre_process=layout.is_first_stage,
         post_process=layout.is_last_stage,
-        share_embeddings_and_output_weights=shape["tied"],
+        share_embeddings_and_output_weights=shape.tied,
         position_embedding_type="rope",
-        rotary_base=shape["rotary_base"],
-        rope_scaling=shape.get("rope_scaling", False),
-        rope_scaling_factor=shape.get("rope_scaling_factor", 8.0),
+        rotary_base=shape.rotary_base,
+        **_rope_scaling(shape.rope_scaling),
     )
     return model.cuda() if torch.cuda.is_available() else model
+
+
+def _rope_scaling(scaling: RopeScaling | None) -> dict[str, Any]:
+    """Llama 3.1's scaling; megatron-core takes its factor and fixes the other numbers.
+
+    Raises ValueError for other numbers than those.
+    """
+    if scaling is None:
+        return {}
+    fixed = RopeScaling(
+        scaling.factor, low_freq_factor=1, high_freq_factor=4, original_max_position_embeddings=8192
+    )
+    if scaling != fixed:
+        raise ValueError(f"rope scaling is {scaling}, megatron-core computes {fixed}")
+    return {"rope_scaling": True, "rope_scaling_factor": scaling.factor}

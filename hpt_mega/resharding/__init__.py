@@ -1,0 +1,1 @@
+"""How weights travel between layouts: which tensor is which (mapping/). No communication lives here."""

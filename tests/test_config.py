@@ -1,0 +1,111 @@
+"""Composition of a config: what the overrides give, and what a wrong one is told."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from hpt_mega.config import Config, ConfigError, compose, conf_dir, load, save
+from hpt_mega.objective import algorithm, rows
+from hpt_mega.scheduler import gate
+
+
+def test_an_override_changes_its_key_and_nothing_else() -> None:
+    changed, default = compose(["parallel.pp=3"]), compose([])
+    assert changed.parallel.pp == 3
+    changed.parallel.pp = default.parallel.pp
+    assert changed == default
+
+
+def test_groups_and_their_keys_combine_with_an_experiment() -> None:
+    cfg = compose(["experiment=demo", "parallel=tp3", "parallel.dp=2", "optimizer.lr=1e-3"])
+    assert cfg.run_dir == "runs/demo"
+    assert (cfg.parallel.tp, cfg.parallel.pp, cfg.parallel.dp) == (3, 1, 2)
+    assert cfg.parallel.sequence_parallel
+    assert cfg.optimizer.lr == 1e-3
+
+
+@pytest.mark.parametrize(
+    "experiment", sorted(path.stem for path in (conf_dir() / "experiment").glob("*.yaml"))
+)
+def test_every_experiment_composes(experiment: str) -> None:
+    assert isinstance(compose([f"experiment={experiment}"]), Config)
+
+
+@pytest.mark.parametrize("row", rows(), ids=lambda row: row.name)
+def test_every_row_of_the_table_has_a_file_that_mirrors_it(row) -> None:
+    cfg = compose([f"algorithm={row.name}"])
+    assert cfg.algorithm.name == row.name
+    assert algorithm(row.name, **cfg.algorithm.options).row == row
+    parts = ("advantage", "reference", "stabilizer", "likelihood", "aggregation")
+    assert set(parts) <= set(cfg.algorithm.options)
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (conf_dir() / "gate").glob("*.yaml")))
+def test_every_gate_file_names_a_gate_and_options_it_has(name: str) -> None:
+    chosen = compose([f"gate={name}"]).gate
+    assert gate(chosen.name, **chosen.options).name == chosen.name
+
+
+def test_a_part_of_an_algorithm_is_swapped_by_its_name() -> None:
+    options = compose(
+        ["algorithm=grpo", "algorithm.stabilizer=cis_mask", "algorithm.clip_high=0.28"]
+    ).algorithm.options
+    row = algorithm("grpo", **options).row
+    assert (row.parts.stabilizer, row.options.clip_high, row.options.clip_low) == ("cis_mask", 0.28, 0.2)
+
+
+def test_an_algorithm_brings_its_gate_and_the_command_line_overrules_it() -> None:
+    assert compose(["algorithm=grpo"]).gate.options == {"threshold": -1.0}
+    assert compose(["algorithm=luffy"]).gate.name == "soft"
+    assert compose(["algorithm=luffy", "gate=three_zone"]).gate.name == "three_zone"
+
+
+def test_a_saved_config_is_loaded_as_it_was(tmp_path: Path) -> None:
+    cfg = compose(["experiment=demo", "algorithm=luffy", "gate.threshold=0.25", "data.tasks.0.weight=3"])
+    save(cfg, tmp_path / "run" / "config.yaml")
+    assert load(tmp_path / "run" / "config.yaml") == cfg
+    assert cfg.gate.options == {"threshold": 0.25}
+    assert cfg.data.tasks[0].weight == 3.0
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("paralel.pp=3", "did you mean parallel.pp"),
+        ("parallel.pipeline=3", "unknown key parallel.pipeline"),
+        ("lr=1e-4", "did you mean optimizer.lr?"),
+        ("seed.x=1", "nothing lies below seed"),
+        ("parallel.pp=two", "expected a whole number"),
+        ("trainer.deterministic=perhaps", "expected true or false"),
+        ("gate.threshold=high", "expected a number"),
+        ("parallel.pp=2,3", "parallel.pp=2,3"),
+        ("run_dir=a=b", "quote a value"),
+        ("trainer=4", "trainer.steps"),
+        ("algorithm=grp", "did you mean grpo"),
+        ("algorithm.name=grpo", "algorithm=grpo"),
+        ("experiment=nope", "known: demo, tiny"),
+        ("demo", "expected KEY=VALUE"),
+        ("+parallel.cp=2", "expected KEY=VALUE"),
+    ],
+)
+def test_a_wrong_override_is_told_what_was_expected(override: str, expected: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        compose([override])
+    assert expected in str(refused.value)
+
+
+def test_a_wrong_override_leaves_no_trace_for_the_next_composition() -> None:
+    with pytest.raises(ConfigError):
+        compose(["parallel.pp=two"])
+    assert compose([]) == compose([])
+
+
+def test_a_file_with_a_misspelt_key_is_refused_with_its_name(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("data:\n  tasks:\n  - {name: gcd, wieght: 2}\n")
+    with pytest.raises(ConfigError, match=r"config\.yaml.*wieght"):
+        load(path)
+    with pytest.raises(ConfigError, match="does not exist"):
+        load(tmp_path / "absent.yaml")

@@ -1,0 +1,133 @@
+"""Impossible configs are refused before any process starts, with what was given and expected."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hpt_mega.config import ConfigError, compose
+from hpt_mega.validation import _divisors, validate
+
+MakeModel = Callable[..., Path]
+
+
+def problems(*overrides: str) -> str:
+    """What validate says of the config; "" where it is fine."""
+    try:
+        validate(compose(overrides))
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+def test_the_default_config_and_every_trainable_algorithm_are_accepted(
+    model_folder: MakeModel, tmp_path: Path
+) -> None:
+    fixed = (f"model.path={model_folder()}", f"run_dir={tmp_path}/run")
+    assert problems(*fixed) == ""
+    for name in (
+        "sft",
+        "rft",
+        "grpo",
+        "dr_grpo",
+        "dapo",
+        "reinforce",
+        "rloo",
+        "cispo",
+        "gspo",
+        "srft",
+        "luffy",
+    ):
+        assert problems(*fixed, f"algorithm={name}") == ""
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (("parallel.tp=2",), "parallel.tp is 2 and the model has 9 attention heads; expected one of 1, 3, 9"),
+        (("parallel.tp=9",), "the model has 3 key/value heads; expected one of 1, 3"),
+        (("parallel.pp=4",), "parallel.pp is 4 and the model has 30 layers; expected one of 1, 2, 3, 5, 6"),
+        (("parallel.pp=0",), "parallel.pp is 0, expected above 0"),
+        (("parallel.sequence_parallel=true",), "parallel.tp is 1"),
+        (("parallel.dp=3", "trainer.questions_per_step=16"), "expected 15 or 18"),
+        (("trainer.questions_per_step=64", "data.train_questions=63"), "more than there are"),
+        (("rollout.max_new_tokens=8001",), "the model has 8192 positions"),
+        (("rollout.engine=vlm",), "rollout.engine is 'vlm', expected megatron"),
+        (("precision.dtype=fp16",), "precision.dtype is 'fp16', expected bf16 or fp32"),
+        (("resume=yes",), "expected never or auto"),
+        (("rollout.top_p=1.5",), "rollout.top_p is 1.5, expected at most 1"),
+        (("optimizer.lr=0",), "optimizer.lr is 0.0, expected above 0"),
+        (("optimizer.lr=nan",), "optimizer.lr is nan, expected above 0"),
+        (("data.tasks=[]",), "data.tasks is empty"),
+        (("data.tasks.0.name=chain_summ",), "'chain_summ', expected one of basic_arithmetic, chain_sum"),
+        (("algorithm.stabiliser=clip",), "unknown option"),
+        (("algorithm.stabilizer=klip",), "unknown stabilizer 'klip'"),
+        (("gate=sigmoid", "gate.threshold=0.1"), "unknown option 'threshold' of gate 'sigmoid'"),
+        (("algorithm=grpo", "gate=switch"), "set gate=rollouts"),
+        (("algorithm=sft", "gate=switch"), "set gate=demonstrations"),
+        (("algorithm=ppo",), "advantage 'gae' is not one number a rollout"),
+        (("rollout.rollouts_per_question=1",), "every advantage would be 0"),
+    ],
+)
+def test_a_misuse_is_named_with_what_was_expected(
+    overrides: tuple[str, ...], expected: str, model_folder: MakeModel, tmp_path: Path
+) -> None:
+    assert expected in problems(f"model.path={model_folder()}", f"run_dir={tmp_path}/run", *overrides)
+
+
+def test_all_problems_are_listed_at_once(model_folder: MakeModel, tmp_path: Path) -> None:
+    said = problems(
+        f"model.path={model_folder()}", f"run_dir={tmp_path}/run", "parallel.pp=7", "trainer.steps=0"
+    )
+    assert said.startswith("2 problems")
+    assert "1. trainer.steps" in said
+    assert "2. parallel.pp" in said
+
+
+def test_a_missing_model_tells_how_to_make_the_demo_model(tmp_path: Path) -> None:
+    said = problems(f"model.path={tmp_path}/absent")
+    assert "no such folder" in said
+    assert "tools/prepare_demo_model.py" in said
+
+
+def test_a_model_folder_without_weights_is_refused(model_folder: MakeModel) -> None:
+    folder = model_folder()
+    (folder / "model.safetensors").unlink()
+    assert "holds no *.safetensors" in problems(f"model.path={folder}")
+    (folder / "config.json").unlink()
+    assert "holds no config.json" in problems(f"model.path={folder}")
+
+
+def test_the_number_of_started_processes_must_be_that_of_the_layout(
+    model_folder: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fixed = (f"model.path={model_folder()}", f"run_dir={tmp_path}/run", "parallel.pp=2", "parallel.dp=1")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert "WORLD_SIZE is 3 and parallel.tp x pp x dp = 1 x 2 x 1 = 2" in problems(*fixed)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert problems(*fixed) == ""
+    monkeypatch.delenv("WORLD_SIZE")
+    monkeypatch.setenv("SLURM_JOB_NUM_NODES", "4")
+    assert "srun torchrun" in problems(*fixed)
+
+
+def test_an_unfinished_run_is_neither_overwritten_nor_mixed(model_folder: MakeModel, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "metrics.jsonl").touch()
+    fixed = (f"model.path={model_folder()}", f"run_dir={run}")
+    assert "resume=auto" in problems(*fixed)
+    assert problems(*fixed, "resume=auto") == ""
+    (run / "summary.json").touch()
+    assert problems(*fixed) == ""
+
+
+@given(number=st.integers(1, 200), limit=st.integers(1, 200))
+def test_the_offered_numbers_are_the_divisors_up_to_the_limit(number: int, limit: int) -> None:
+    offered = [int(text) for text in _divisors(number, limit).split(", ")]
+    assert all(number % divisor == 0 and divisor <= limit for divisor in offered)
+    assert len(offered) == sum(number % k == 0 for k in range(1, min(number, limit) + 1))
