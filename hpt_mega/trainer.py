@@ -59,7 +59,7 @@ class Trainer:
     def run(self) -> None:
         """Train from `self.step` to the configured number of steps, evaluating and saving on the way."""
         if self.step == 0:
-            self.log.record(0, {"step": 0, **self.evaluate()})
+            self.log.record(0, {"step": 0, **self.evaluate(), "timing": self.timer.take()})
         while self.step < self.cfg.trainer.steps:
             record = self.train_step()
             if self._is_due(self.cfg.trainer.eval_every):
@@ -99,7 +99,9 @@ class Trainer:
         self, questions: Sequence[Question], rollouts: Sequence[Sequence[Sample]]
     ) -> list[list[Trajectory]]:
         """The samples as rewarded trajectories, by question."""
-        answers = [question.answer for question, samples in zip(questions, rollouts, strict=True) for _ in samples]
+        answers = [
+            question.answer for question, samples in zip(questions, rollouts, strict=True) for _ in samples
+        ]
         texts = [self.decode(sample.tokens) for samples in rollouts for sample in samples]
         with self.timer.phase("reward"):
             rewards = iter(self._score(texts, answers))
@@ -126,7 +128,7 @@ class Trainer:
         """One optimizer step on the unified objective over all replicas' trajectories."""
         rate = learning_rate(self.cfg.optimizer, self.step, self.cfg.trainer.steps)
         with self.timer.phase("train"):
-            microbatches, denominator = self._plan_update(trajectories)
+            microbatches, denominator, tokens = self._plan_update(trajectories)
             self.model.zero_grad_buffer()
             self.optimizer.zero_grad()
             objective = Objective(
@@ -135,28 +137,31 @@ class Trainer:
             sums = forward_backward(self.model, microbatches, objective, self.layout)
             set_learning_rate(self.optimizer, rate)
             norm = update(self.optimizer)
-        return _averages(sums) | {"grad_norm": norm, "lr": rate}
+        return _averages(sums) | {"tokens_trained": tokens, "grad_norm": norm, "lr": rate}
 
-    def _plan_update(self, trajectories: Sequence[Trajectory]) -> tuple[list[MicroBatch], float]:
-        """This rank's micro-batches and the global denominator.
+    def _plan_update(self, trajectories: Sequence[Trajectory]) -> tuple[list[MicroBatch], float, float]:
+        """This rank's micro-batches; the global denominator and number of tokens, prompts included.
 
         Advantages need whole groups, so they are taken before the split. Trajectories whose gradient is
         zero (a group that is all right or all wrong) count in the denominator but are not computed.
         """
         advantages = self._advantages(trajectories)
-        (denominator,) = self.layout.sum_over_data([self._local_denominator(trajectories)])
         live = [
-            (t, a) for t, a in zip(trajectories, advantages, strict=True) if self.estimator.trains_on(a, t.weight)
+            (t, a)
+            for t, a in zip(trajectories, advantages, strict=True)
+            if self.estimator.trains_on(a, t.weight)
         ]
-        budget = self.cfg.trainer.tokens_per_microbatch
         lengths = [len(t) for t, _ in live]
+        denominator, tokens = self.layout.sum_over_data([self._local_denominator(trajectories), sum(lengths)])
+        budget = self.cfg.trainer.tokens_per_microbatch
         (count,) = self.layout.max_over_world([len(plan_microbatches(lengths, budget))])
         plan = plan_microbatches(lengths, budget, at_least=int(count))
         multiple = self.layout.tp_size if self.cfg.parallel.sequence_parallel else 1
         microbatches = [
-            collate([live[i][0] for i in part], [live[i][1] for i in part], multiple_of=multiple) for part in plan
+            collate([live[i][0] for i in part], [live[i][1] for i in part], multiple_of=multiple)
+            for part in plan
         ]
-        return microbatches, denominator
+        return microbatches, denominator, tokens
 
     def _advantages(self, trajectories: Sequence[Trajectory]) -> list[float]:
         if not trajectories:
@@ -207,6 +212,7 @@ class Trainer:
         common = load_state(self.store.path(step), self.model.module, self.optimizer, self.layout)
         self.step = common["step"]
         self.engine.update_weights(policy_version=self.step)
+        self.timer.take()  # start-up is no part of the next step
 
     def decode(self, tokens: Sequence[int]) -> str:
         return str(self.tokenizer.decode(tokens, skip_special_tokens=True))
@@ -252,7 +258,6 @@ def _averages(sums: Metrics) -> Metrics:
     return {
         "loss": sums["sum/loss"],
         "entropy": sums["sum/entropy"] / tokens,
-        "tokens_trained": sums["sum/tokens"],
         "logp_gap_mean": sums["sum/logp_gap"] / max(1.0, sums["sum/online_tokens"]),
         "logp_gap_max": sums["max/logp_gap"],
         **{name: value for name, value in sums.items() if name.startswith("objective/")},

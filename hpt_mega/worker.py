@@ -64,7 +64,7 @@ def train(cfg: Config, layout: Layout, timer: PhaseTimer) -> None:
             if cfg.trainer.export_hf:
                 with timer.phase("export"):
                     export(cfg, layout, trainer)
-            log.finish()
+            log.finish(timer.take())
         finally:
             if trainer.rewards:
                 trainer.rewards.close()

@@ -151,6 +151,7 @@ def build_model(
         rotary_base=shape.rotary_base,
         **_rope_scaling(shape.rope_scaling),
     )
+    model.to(dtype)  # torch's norms are made in fp32, which megatron-core's bf16 optimizer cannot checkpoint
     return model.cuda() if torch.cuda.is_available() else model
 
 

@@ -5,6 +5,7 @@ Where checkpoints live, when they are complete and which are kept is checkpoint/
 
 from __future__ import annotations
 
+import queue
 import random
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from hpt_mega.megatron.runtime import Layout
 
 from megatron.core import dist_checkpointing  # isort: skip
 from megatron.core.dist_checkpointing.mapping import ShardedObject  # isort: skip
+from megatron.core.dist_checkpointing.strategies import filesystem_async  # isort: skip
 
 # The only optimizer layout that megatron-core can load into another data-parallel size.
 _OPTIMIZER_LAYOUT = {"distrib_optim_sharding_type": "fully_reshardable"}
@@ -27,6 +29,9 @@ def save_state(
     folder: Path, model: PolicyModel, optimizer: MegatronOptimizer, common: dict[str, Any], layout: Layout
 ) -> None:
     """Write this job's state into the existing folder; every rank calls it. `common` is small plain data."""
+    # For this queue megatron-core would start a process that outlives a killed rank. Saves here are
+    # synchronous: what is put into it is taken out by the same process.
+    filesystem_async._results_queue = queue.Queue()
     dist_checkpointing.save(
         {**_sharded_state(model, optimizer, layout, loading=False), "common": common}, str(folder)
     )

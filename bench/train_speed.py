@@ -1,0 +1,128 @@
+"""Training speed beside transformers: the same weights, trajectories, micro-batches and dtype, turn by turn.
+
+    python bench/train_speed.py --out bench/results/train_speed.md
+
+One process with all cores each. A step is forward, backward, clipping and AdamW over the demo's questions with
+their demonstrations; transformers computes the mean negative log-likelihood of the same response tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+os.environ.setdefault("MASTER_PORT", "29533")
+
+import torch  # noqa: E402
+from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
+
+from hpt_mega.checkpoint.hf import HFCheckpoint  # noqa: E402
+from hpt_mega.checkpoint.weights import load_hf  # noqa: E402
+from hpt_mega.config import compose  # noqa: E402
+from hpt_mega.data.packing import MicroBatch, collate, plan_microbatches  # noqa: E402
+from hpt_mega.data.questions import load_questions  # noqa: E402
+from hpt_mega.megatron import runtime  # noqa: E402
+from hpt_mega.megatron.model import DTYPES, build_model  # noqa: E402
+from hpt_mega.megatron.optimizer import build_optimizer, wrap_data_parallel  # noqa: E402
+from hpt_mega.megatron.step import Objective, forward_backward, update  # noqa: E402
+from hpt_mega.objective import algorithm  # noqa: E402
+from hpt_mega.resharding.mapping import family_for  # noqa: E402
+from hpt_mega.scheduler.blend import demonstration  # noqa: E402
+
+Step = Callable[[list[MicroBatch]], None]
+
+
+def megatron_step(cfg: Any) -> Step:
+    layout = runtime.initialize(cfg)
+    checkpoint = HFCheckpoint(Path(cfg.model.path))
+    family = family_for(checkpoint.config)
+    shape = family.read_shape(checkpoint.config)
+    model = build_model(shape, cfg.parallel, layout, DTYPES[cfg.precision.dtype])
+    load_hf(model, checkpoint, family, shape, layout)
+    wrapped = wrap_data_parallel(model, cfg)
+    optimizer = build_optimizer(wrapped, cfg)
+
+    def step(microbatches: list[MicroBatch]) -> None:
+        tokens = sum(len(microbatch.targets_N) for microbatch in microbatches)
+        wrapped.zero_grad_buffer()
+        optimizer.zero_grad()
+        objective = Objective(algorithm("sft"), float(tokens), 1.0, shape.vocab_size)
+        forward_backward(wrapped, microbatches, objective, layout)
+        update(optimizer)
+
+    return step
+
+
+def transformers_step(cfg: Any) -> Step:
+    dtype = DTYPES[cfg.precision.dtype]
+    model = AutoModelForCausalLM.from_pretrained(cfg.model.path, dtype=dtype).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.optimizer.lr, weight_decay=0.0)
+
+    def step(microbatches: list[MicroBatch]) -> None:
+        tokens = sum(len(microbatch.targets_N) for microbatch in microbatches)
+        optimizer.zero_grad()
+        for microbatch in microbatches:
+            logits_BSV = model(microbatch.tokens_BS).logits  # right-padded: causal attention needs no mask
+            logits_NV = logits_BSV[microbatch.rows_N, microbatch.query_positions_N].float()
+            nll = torch.nn.functional.cross_entropy(logits_NV, microbatch.targets_N, reduction="sum")
+            (nll / tokens).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+
+    return step
+
+
+def batch(cfg: Any, sequences: int) -> list[MicroBatch]:
+    questions = load_questions(cfg.data, AutoTokenizer.from_pretrained(cfg.model.path)).train[:sequences]
+    trajectories = [demonstration(question, index, 0) for index, question in enumerate(questions)]
+    plan = plan_microbatches([len(t) for t in trajectories], cfg.trainer.tokens_per_microbatch)
+    return [collate([trajectories[i] for i in part], [1.0] * len(part)) for part in plan]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--sequences", type=int, default=24)
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    lines = [
+        f"torch {torch.__version__}, {torch.get_num_threads()} threads, {options.sequences} sequences a step, "
+        f"median of {options.rounds} rounds, turn by turn",
+        "",
+        "| dtype | ours, tokens/s | transformers, tokens/s | ratio (median; lowest, highest of a round) |",
+        "|---|---|---|---|",
+    ]
+    for dtype in ("bf16", "fp32"):
+        cfg = compose(["experiment=demo", "parallel=single", f"precision={dtype}"])
+        ours, theirs = megatron_step(cfg), transformers_step(cfg)
+        microbatches = batch(cfg, options.sequences)
+        tokens = sum(microbatch.tokens_BS.numel() for microbatch in microbatches)
+        seconds: dict[str, list[float]] = {"ours": [], "theirs": []}
+        for round_ in range(options.rounds + 1):
+            for name, step in (("ours", ours), ("theirs", theirs)):
+                begun = time.perf_counter()
+                step(microbatches)
+                if round_:  # the first is warm-up
+                    seconds[name].append(time.perf_counter() - begun)
+        runtime.shutdown()
+        ratios = [b / a for a, b in zip(seconds["ours"], seconds["theirs"], strict=True)]
+        mine, peer = (tokens / statistics.median(seconds[name]) for name in ("ours", "theirs"))
+        lines.append(
+            f"| {dtype} | {mine:,.0f} | {peer:,.0f} | {statistics.median(ratios):.2f} "
+            f"({min(ratios):.2f}, {max(ratios):.2f}) |"
+        )
+        print("\n".join(lines[-1:]), flush=True)
+    if options.out:
+        options.out.write_text("# Training step beside transformers\n\n" + "\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()

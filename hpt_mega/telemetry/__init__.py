@@ -1,0 +1,1 @@
+"""What a run tells about itself: metrics.jsonl, the terminal, summary.json and the HTML report."""

@@ -1,0 +1,61 @@
+"""Files of one JSON object a line, each with its "step": appended durably, read back, cut on resume.
+
+What the records hold is up to run.py.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+Record = dict[str, Any]
+
+
+def append(path: Path, *records: Mapping[str, Any]) -> None:
+    """Add the records; once this returns not even a power cut loses them."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(_lines(records))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read(path: Path) -> list[Record]:
+    """All records, none where the file is absent.
+
+    A last line without its end is left out: a kill tore it, or the run is writing it now. Raises ValueError
+    for any other line that is no JSON object.
+    """
+    if not path.is_file():
+        return []
+    records = []
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: {error}; expected one JSON object a line") from error
+        if not isinstance(record, dict):
+            raise ValueError(f"{path}, line {number}: expected a JSON object, got {line[:40]!r}")
+        records.append(record)
+    return records
+
+
+def cut(path: Path, last_step: int) -> None:
+    """Leave the records up to `last_step`, or the whole old file where a kill interrupts this."""
+    write_atomically(path, _lines([record for record in read(path) if record["step"] <= last_step]))
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file that is whole whenever it exists."""
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def _lines(records: Any) -> str:
+    return "".join(json.dumps(record) + "\n" for record in records)
