@@ -2,8 +2,8 @@
 
     python bench/train_speed.py --out bench/results/train_speed.md
 
-One process with all cores each. A step is forward, backward, clipping and AdamW over the demo's questions with
-their demonstrations; transformers computes the mean negative log-likelihood of the same response tokens.
+One process with all cores each. A step is forward, backward, clipping and AdamW over the demo's questions
+with their demonstrations; transformers computes the mean negative log-likelihood of the same tokens.
 """
 
 from __future__ import annotations
@@ -14,31 +14,30 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
 os.environ.setdefault("MASTER_PORT", "29533")
 
-import torch  # noqa: E402
-from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hpt_mega.checkpoint.hf import HFCheckpoint  # noqa: E402
-from hpt_mega.checkpoint.weights import load_hf  # noqa: E402
-from hpt_mega.config import compose  # noqa: E402
-from hpt_mega.data.packing import MicroBatch, collate, plan_microbatches  # noqa: E402
-from hpt_mega.data.questions import load_questions  # noqa: E402
-from hpt_mega.megatron import runtime  # noqa: E402
-from hpt_mega.megatron.model import DTYPES, build_model  # noqa: E402
-from hpt_mega.megatron.optimizer import build_optimizer, wrap_data_parallel  # noqa: E402
-from hpt_mega.megatron.step import Objective, forward_backward, update  # noqa: E402
-from hpt_mega.objective import algorithm  # noqa: E402
-from hpt_mega.resharding.mapping import family_for  # noqa: E402
-from hpt_mega.scheduler.blend import demonstration  # noqa: E402
+from hpt_mega.checkpoint.hf import HFCheckpoint
+from hpt_mega.checkpoint.weights import load_hf
+from hpt_mega.config import Config, compose
+from hpt_mega.data.packing import MicroBatch, collate, plan_microbatches
+from hpt_mega.data.questions import load_questions
+from hpt_mega.megatron import runtime
+from hpt_mega.megatron.model import DTYPES, build_model
+from hpt_mega.megatron.optimizer import build_optimizer, wrap_data_parallel
+from hpt_mega.megatron.step import Objective, forward_backward, update
+from hpt_mega.objective import algorithm
+from hpt_mega.resharding.mapping import family_for
+from hpt_mega.scheduler.blend import demonstration
 
 Step = Callable[[list[MicroBatch]], None]
 
 
-def megatron_step(cfg: Any) -> Step:
+def megatron_step(cfg: Config) -> Step:
     layout = runtime.initialize(cfg)
     checkpoint = HFCheckpoint(Path(cfg.model.path))
     family = family_for(checkpoint.config)
@@ -59,7 +58,7 @@ def megatron_step(cfg: Any) -> Step:
     return step
 
 
-def transformers_step(cfg: Any) -> Step:
+def transformers_step(cfg: Config) -> Step:
     dtype = DTYPES[cfg.precision.dtype]
     model = AutoModelForCausalLM.from_pretrained(cfg.model.path, dtype=dtype).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.optimizer.lr, weight_decay=0.0)
@@ -78,7 +77,7 @@ def transformers_step(cfg: Any) -> Step:
     return step
 
 
-def batch(cfg: Any, sequences: int) -> list[MicroBatch]:
+def batch(cfg: Config, sequences: int) -> list[MicroBatch]:
     questions = load_questions(cfg.data, AutoTokenizer.from_pretrained(cfg.model.path)).train[:sequences]
     trajectories = [demonstration(question, index, 0) for index, question in enumerate(questions)]
     plan = plan_microbatches([len(t) for t in trajectories], cfg.trainer.tokens_per_microbatch)
@@ -94,8 +93,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     lines = [
-        f"torch {torch.__version__}, {torch.get_num_threads()} threads, {options.sequences} sequences a step, "
-        f"median of {options.rounds} rounds, turn by turn",
+        f"torch {torch.__version__}, {torch.get_num_threads()} threads, {options.sequences} sequences "
+        f"a step, median of {options.rounds} rounds, turn by turn",
         "",
         "| dtype | ours, tokens/s | transformers, tokens/s | ratio (median; lowest, highest of a round) |",
         "|---|---|---|---|",

@@ -79,8 +79,9 @@ def _numbers(cfg: Config) -> Problems:
     above_zero = (
         "parallel.tp parallel.pp parallel.dp data.train_questions data.heldout_questions "
         "data.max_prompt_tokens data.max_demonstration_tokens reward.workers reward.deadline_s "
-        "rollout.rollouts_per_question rollout.max_new_tokens rollout.max_sequences rollout.top_p optimizer.lr trainer.steps "
-        "trainer.questions_per_step trainer.tokens_per_microbatch trainer.keep_checkpoints trainer.deadline_s"
+        "rollout.rollouts_per_question rollout.max_new_tokens rollout.max_sequences rollout.top_p "
+        "optimizer.lr trainer.steps trainer.questions_per_step trainer.tokens_per_microbatch "
+        "trainer.keep_checkpoints trainer.deadline_s"
     )
     at_least_zero = (
         "rollout.temperature optimizer.warmup_steps optimizer.weight_decay optimizer.clip_grad "

@@ -42,7 +42,9 @@ class MicroBatch:
         return grid_BT.index_put((self.rows_N, self.columns_N), values_N)
 
 
-def plan_microbatches(lengths: Sequence[int], tokens_per_microbatch: int, at_least: int = 1) -> list[list[int]]:
+def plan_microbatches(
+    lengths: Sequence[int], tokens_per_microbatch: int, at_least: int = 1
+) -> list[list[int]]:
     """Group indices so that (longest length x count) stays within the budget; a longer one goes alone.
 
     Sequences of like length share a micro-batch, so little is padding. At least `at_least` groups are
@@ -63,7 +65,9 @@ def plan_microbatches(lengths: Sequence[int], tokens_per_microbatch: int, at_lea
     return plan
 
 
-def collate(trajectories: Sequence[Trajectory], advantages: Sequence[float], multiple_of: int = 1) -> MicroBatch:
+def collate(
+    trajectories: Sequence[Trajectory], advantages: Sequence[float], multiple_of: int = 1
+) -> MicroBatch:
     """One micro-batch of the trajectories; none at all gives one inert row, which keeps ranks in step."""
     lengths = [len(t) for t in trajectories] or [2]
     width = -(-max(lengths) // multiple_of) * multiple_of

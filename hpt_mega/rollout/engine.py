@@ -20,7 +20,9 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         if self.n < 1 or self.max_new_tokens < 1:
-            raise ValueError(f"n and max_new_tokens must be at least 1, given {self.n}, {self.max_new_tokens}")
+            raise ValueError(
+                f"n and max_new_tokens must be at least 1, given {self.n}, {self.max_new_tokens}"
+            )
         if self.temperature < 0 or not 0 < self.top_p <= 1:
             raise ValueError(
                 f"temperature must be >= 0 and top_p in (0, 1], given {self.temperature}, {self.top_p}"

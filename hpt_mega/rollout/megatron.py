@@ -28,7 +28,13 @@ class MegatronEngine:
     """In-process rollouts with a KV cache; the weights served are always the trainer's current ones."""
 
     def __init__(
-        self, model: PolicyModel, layout: Layout, *, vocab_size: int, max_sequences: int, policy_version: int = 0
+        self,
+        model: PolicyModel,
+        layout: Layout,
+        *,
+        vocab_size: int,
+        max_sequences: int,
+        policy_version: int = 0,
     ) -> None:
         self._model = model
         self._layout = layout

@@ -1,0 +1,282 @@
+"""The gradient of HPT's objective is that of transformers by autograd, in every layout and every split.
+
+The reference is the paper's formula written out over one forward of each sequence alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from hpt_mega.config import ParallelConfig
+from hpt_mega.trajectory import Source, Trajectory
+from tests.megatron.tiny import VOCABULARY, build_policy, config, load_llama, save_llama
+from tests.ranks import run_ranks
+
+LENGTH = 9  # Dr.GRPO's constant
+TEMPERATURE = 0.8
+GROUPS = (  # (prompt length, alpha, beta, [(response length, reward)], demonstration length)
+    (5, 0.7, 0.0, [(4, 1.0), (9, 0.0), (1, 0.0)], 0),
+    (11, 1.0, 0.4, [(7, 0.25), (3, 1.0), (6, 0.0)], 8),
+    (3, 0.3, 1.0, [(2, 1.0), (5, 0.0), (8, 1.0)], 6),
+    (7, 0.0, 0.9, [], 4),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A layout, and how the step's trajectories are split over replicas and micro-batches."""
+
+    tp: int = 1
+    pp: int = 1
+    dp: int = 1
+    sequence_parallel: bool = False
+    distributed_optimizer: bool = False
+    tied: bool = False
+    budget: int = 40
+    inert: int = 0  # micro-batches without a sequence
+    uneven: bool = False  # the first replica gets all but one of the trajectories
+    dtype: str = "fp32"
+
+    @property
+    def parallel(self) -> ParallelConfig:
+        return ParallelConfig(self.tp, self.pp, self.dp, self.sequence_parallel, self.distributed_optimizer)
+
+    def __str__(self) -> str:
+        flags = ("sequence_parallel", "distributed_optimizer", "tied", "uneven")
+        words = [f"tp{self.tp}pp{self.pp}dp{self.dp}", *(name for name in flags if getattr(self, name))]
+        return "-".join([*words, f"budget{self.budget}", f"inert{self.inert}", self.dtype])
+
+    def share(self, items: Sequence[Any], rank: int) -> list[Any]:
+        if self.uneven:
+            return list(items[:-1] if rank == 0 else items[-1:])
+        return list(items[rank :: self.dp])
+
+
+LAYOUTS = [
+    Case(),
+    Case(tied=True),
+    Case(tp=2),
+    Case(tp=2, tied=True),
+    Case(tp=2, sequence_parallel=True),
+    Case(tp=2, sequence_parallel=True, tied=True),
+    Case(pp=2),
+    Case(pp=2, tied=True),
+    Case(dp=2),
+    Case(dp=2, distributed_optimizer=True),
+    Case(dp=2, distributed_optimizer=True, tied=True),
+    Case(tp=3),
+    Case(pp=3),
+    Case(pp=3, tied=True),
+    Case(tp=2, pp=2, tied=True),
+    Case(tp=2, pp=2, sequence_parallel=True),
+]
+SPLITS = [
+    Case(budget=1),
+    Case(budget=1000),
+    Case(budget=61, inert=2),
+    Case(pp=2, budget=1000),
+    Case(pp=2, budget=25, inert=1),
+    Case(tp=2, sequence_parallel=True, budget=19, inert=2),
+    Case(dp=2, uneven=True, inert=1),
+    Case(dp=2, uneven=True, distributed_optimizer=True, budget=23),
+    Case(pp=3, budget=1000),  # fewer micro-batches than stages
+]
+ROUNDED = [Case(dtype="bf16", tied=True), Case(tp=2, dtype="bf16"), Case(pp=2, dtype="bf16", tied=True)]
+CASES = [*LAYOUTS, *SPLITS, *ROUNDED]
+
+
+def trajectories() -> list[Trajectory]:
+    """Rollouts and demonstrations of four questions, in an order that mixes them."""
+    generator = torch.Generator().manual_seed(5)
+
+    def tokens(count: int) -> tuple[int, ...]:
+        return tuple(torch.randint(0, VOCABULARY, (count,), generator=generator).tolist())
+
+    made = []
+    for group, (prompt_length, alpha, beta, rollouts, demonstration) in enumerate(GROUPS):
+        prompt = tokens(prompt_length)
+        for length, reward in rollouts:
+            logp = tuple((-3 - torch.rand(length, generator=generator)).tolist())
+            made.append(
+                Trajectory(prompt, tokens(length), group, Source.ONLINE, 0, logp, reward, weight=alpha)
+            )
+        if demonstration:
+            made.append(Trajectory(prompt, tokens(demonstration), group, Source.OFFLINE, 0, weight=beta))
+    return made[::2] + made[1::2]
+
+
+def published_advantage(trajectory: Trajectory) -> float:
+    """R - mean of the group's rollouts, or 1 for a demonstration."""
+    if trajectory.source is Source.OFFLINE:
+        return 1.0
+    rewards = [reward for _, reward in GROUPS[trajectory.group][3]]
+    return trajectory.reward - sum(rewards) / len(rewards)
+
+
+@dataclasses.dataclass
+class Reference:
+    gradients: dict[str, Tensor]
+    loss: float
+    logp_gap: float
+    entropy: float
+
+    @property
+    def largest(self) -> float:
+        return max(float(g.abs().max()) for g in self.gradients.values())
+
+    @property
+    def norm(self) -> float:
+        return float(sum(g.double().square().sum() for g in self.gradients.values())) ** 0.5
+
+
+def reference(folder: Path) -> Reference:
+    model = load_llama(folder)
+    total = loss = gap = entropy = 0.0
+    everything = trajectories()
+    for t in everything:
+        ids = torch.tensor([t.prompt_tokens + t.response_tokens])
+        logits_TV = model(ids).logits[0, len(t.prompt_tokens) - 1 : -1] / TEMPERATURE
+        logp_TV = torch.log_softmax(logits_TV, -1)
+        logp_T = logp_TV[range(len(t.response_tokens)), list(t.response_tokens)]
+        weight = t.weight * published_advantage(t) / (LENGTH * len(everything))
+        total = total - weight * logp_T.sum()
+        loss -= weight * len(t.response_tokens)  # the surrogate is at ratio 1 in every token
+        entropy -= float((logp_TV.exp() * logp_TV).sum())
+        if t.source is Source.ONLINE:
+            gap += float((logp_T - torch.tensor(t.rollout_logp)).abs().sum())
+    assert isinstance(total, Tensor)
+    total.backward()  # type: ignore[no-untyped-call]
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return Reference(gradients, loss, gap, entropy)
+
+
+def megatron_gradients(cases: Sequence[Case], folders: dict[bool, Path]) -> dict[str, Any]:
+    """For every case: this rank's gradients by HF name, metrics, and the norm before clipping."""
+    from hpt_mega.data.packing import collate, plan_microbatches
+    from hpt_mega.megatron import runtime
+    from hpt_mega.megatron.step import Objective, forward_backward, update
+    from hpt_mega.objective import algorithm
+
+    results = {}
+    for case in cases:
+        policy = build_policy(folders[case.tied], config(case.parallel, dtype=case.dtype))
+        estimator = algorithm("hpt", length=LENGTH)
+        everything = trajectories()
+        advantages = estimator.advantages(
+            torch.tensor([t.reward for t in everything]),
+            torch.tensor([t.group for t in everything]),
+            torch.tensor([int(t.source) for t in everything]),
+        ).tolist()
+        mine = case.share(list(zip(everything, advantages, strict=True)), policy.layout.dp_rank)
+        lengths = [len(t) for t, _ in mine]
+        count = len(plan_microbatches(lengths, case.budget))
+        (most,) = policy.layout.max_over_world([count])
+        plan = plan_microbatches(lengths, case.budget, at_least=int(most))
+        plan += [[] for _ in range(case.inert)]
+        microbatches = [
+            collate(
+                [mine[i][0] for i in part],
+                [mine[i][1] for i in part],
+                multiple_of=case.tp if case.sequence_parallel else 1,
+            )
+            for part in plan
+        ]
+        policy.wrapped.zero_grad_buffer()
+        policy.optimizer.zero_grad()
+        objective = Objective(estimator, float(LENGTH * len(everything)), TEMPERATURE, VOCABULARY)
+        metrics = forward_backward(policy.wrapped, microbatches, objective, policy.layout)
+        norm = update(policy.optimizer) if not case.distributed_optimizer else None
+        results[str(case)] = {"metrics": metrics, "norm": norm, "plan": [len(part) for part in plan]}
+        # clipping scales main_grad in place: undo it
+        gradients = policy.gradients()
+        if norm is None:
+            results[str(case)]["norm"] = update(policy.optimizer)
+        else:
+            scale = min(1.0, policy.cfg.optimizer.clip_grad / (norm + 1e-6))
+            gradients = {name: g / scale for name, g in gradients.items()}
+        results[str(case)]["gradients"] = gradients
+        runtime.shutdown()
+    return results
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Path]:
+    return {tied: save_llama(tmp_path_factory.mktemp("llama"), tied=tied) for tied in (False, True)}
+
+
+@pytest.fixture(scope="module")
+def references(folders: dict[bool, Path]) -> dict[bool, Reference]:
+    return {tied: reference(folder) for tied, folder in folders.items()}
+
+
+@pytest.fixture(scope="module")
+def ranks_of(
+    folders: dict[bool, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[Case], list[dict[str, Any]]]:
+    """What every rank found for a case; all cases of one world size run in one job."""
+    jobs: dict[int, list[dict[str, Any]]] = {}
+
+    def find(case: Case) -> list[dict[str, Any]]:
+        size = case.parallel.world_size
+        if size not in jobs:
+            cases = [c for c in CASES if c.parallel.world_size == size]
+            jobs[size] = run_ranks(megatron_gradients, size, tmp_path_factory.mktemp("job"), cases, folders)
+        return [rank[str(case)] for rank in jobs[size]]
+
+    return find
+
+
+def largest_difference(ranks: list[dict[str, Any]], expected: Reference) -> float:
+    """Over all ranks and parameters; every parameter must be found somewhere."""
+    found = [(name, g) for rank in ranks for name, g in rank["gradients"].items()]
+    assert {name for name, _ in found} == set(expected.gradients)
+    return max(float((g - expected.gradients[name]).abs().max()) for name, g in found)
+
+
+def check(case: Case, ranks: list[dict[str, Any]], expected: Reference) -> None:
+    difference = largest_difference(ranks, expected)
+    print(f"{case}: largest gradient difference {difference:.1e} of {expected.largest:.3f}")
+    assert difference < 1e-5 * expected.largest
+    for rank in ranks:
+        metrics = rank["metrics"]
+        assert metrics["sum/loss"] == pytest.approx(expected.loss, rel=1e-5)
+        assert metrics["sum/logp_gap"] == pytest.approx(expected.logp_gap, rel=1e-5)
+        assert metrics["sum/entropy"] == pytest.approx(expected.entropy, rel=1e-5)
+        assert metrics["sum/tokens"] == sum(len(t.response_tokens) for t in trajectories())
+        assert rank["norm"] == pytest.approx(expected.norm, rel=1e-5)
+
+
+@pytest.mark.parametrize("case", LAYOUTS, ids=str)
+def test_loss_gradient_and_its_norm_are_those_of_transformers_in_every_layout(
+    case: Case, ranks_of: Any, references: dict[bool, Reference]
+) -> None:
+    check(case, ranks_of(case), references[case.tied])
+
+
+@pytest.mark.parametrize("case", SPLITS, ids=str)
+def test_gradient_does_not_depend_on_microbatch_split_nor_on_who_has_which_sequence(
+    case: Case, ranks_of: Any, references: dict[bool, Reference]
+) -> None:
+    ranks = ranks_of(case)
+    assert all(rank["plan"].count(0) >= case.inert for rank in ranks)
+    check(case, ranks, references[case.tied])
+
+
+@pytest.mark.parametrize("case", ROUNDED, ids=str)
+def test_bf16_gradient_is_within_a_few_percent_of_fp32(
+    case: Case, ranks_of: Any, references: dict[bool, Reference]
+) -> None:
+    expected = references[case.tied]
+    for rank in ranks_of(case):
+        names = rank["gradients"]
+        error = sum(float((g - expected.gradients[name]).square().sum()) for name, g in names.items()) ** 0.5
+        whole = sum(float(expected.gradients[name].square().sum()) for name in names) ** 0.5
+        print(f"{case}: relative error {error / whole:.3f}")
+        assert 1e-4 < error / whole < 0.05  # the lower bound: it did run in bf16

@@ -1,0 +1,146 @@
+"""A tiny Llama of unequal sizes, as a Hugging Face folder and in Megatron, and its gradients by HF names.
+
+No tests live here; test_layouts, test_optimizer, test_state and rollout/test_megatron_engine share it.
+"""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn import Parameter
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from hpt_mega.config import Config, OptimizerConfig, ParallelConfig, PrecisionConfig
+
+VOCABULARY = 97  # odd: tensor-parallel ranks pad it
+LAYERS = 6
+
+
+def save_llama(folder: Path, *, tied: bool) -> Path:
+    """Random weights that matter: large enough to bend the softmax, norms away from 1."""
+    torch.manual_seed(11)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=48,
+            num_hidden_layers=LAYERS,
+            num_attention_heads=12,
+            num_key_value_heads=6,
+            head_dim=6,
+            intermediate_size=84,
+            max_position_embeddings=128,
+            rms_norm_eps=1e-5,
+            tie_word_embeddings=tied,
+            initializer_range=0.15,
+            dtype="float32",
+        )
+    )
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.uniform_(0.7, 1.3)
+    model.save_pretrained(folder)
+    return folder
+
+
+def load_llama(folder: Path) -> LlamaForCausalLM:
+    return LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+
+
+@dataclass
+class Policy:
+    """One rank's part of the tiny model in Megatron."""
+
+    cfg: Config
+    layout: Any
+    family: Any
+    shape: Any
+    model: Any
+    wrapped: Any
+    optimizer: Any
+
+    def entries(self) -> list[tuple[Any, Parameter]]:
+        from hpt_mega.checkpoint.weights import own_entries
+
+        entries: list[tuple[Any, Parameter]] = own_entries(self.model, self.family, self.shape)
+        return entries
+
+    def weights(self) -> dict[str, Tensor]:
+        """Whole tensors of this rank's pipeline stage by HF name."""
+        return self._whole({entry.megatron: parameter.detach() for entry, parameter in self.entries()})
+
+    def gradients(self) -> dict[str, Tensor]:
+        """Whole gradients of this rank's pipeline stage by HF name."""
+        if self.cfg.parallel.distributed_optimizer:
+            self._gather_gradient_shards()
+        return self._whole({entry.megatron: parameter.main_grad for entry, parameter in self.entries()})
+
+    def set_gradients(self, seed: int) -> None:
+        """A gradient that follows from seed and HF name alone, whatever the layout."""
+        for entry, parameter in self.entries():
+            whole = self._whole({entry.megatron: parameter.detach()})
+            drawn = [given_gradient(name, tensor.shape, seed) for name, tensor in whole.items()]
+            part = entry.fusion.shard(drawn, self.shape, self.layout.tp_rank, self.layout.tp_size)
+            parameter.main_grad.copy_(part)
+
+    def _whole(self, mine: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Merge tensor-parallel parts; replicated ones must be the same on all ranks."""
+        found: dict[str, Tensor] = {}
+        for entry, _ in self.entries():
+            if entry.megatron not in mine:
+                continue
+            part = mine[entry.megatron].contiguous()
+            shards = [torch.empty_like(part) for _ in range(self.layout.tp_size)]
+            dist.all_gather(shards, part, group=self.layout.tp_group)
+            if part.dim() == 1:
+                for other in shards[1:]:
+                    torch.testing.assert_close(other, shards[0], rtol=1e-4, atol=1e-6)
+            merged = entry.fusion.merge(shards, self.shape)
+            found |= {name: t.clone() for name, t in zip(entry.hf, merged, strict=True)}
+        return found
+
+    def _gather_gradient_shards(self) -> None:
+        """Each data-parallel rank holds the sum for its share of a bucket only."""
+        for buffer in self.wrapped.buffers:
+            for bucket in buffer.buckets:
+                share = bucket.grad_data.chunk(self.layout.dp_size)[self.layout.dp_rank].clone()
+                dist.all_gather_into_tensor(bucket.grad_data, share, group=self.layout.dp_group)
+
+
+def given_gradient(name: str, shape: torch.Size, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed + zlib.crc32(name.encode()))
+    return torch.randn(shape, generator=generator)
+
+
+def config(
+    parallel: ParallelConfig, *, dtype: str = "fp32", optimizer: OptimizerConfig | None = None
+) -> Config:
+    return Config(
+        parallel=parallel, precision=PrecisionConfig(dtype), optimizer=optimizer or OptimizerConfig()
+    )
+
+
+def build_policy(folder: Path, cfg: Config, *, train: bool = True) -> Policy:
+    """Join the job and load the model; call hpt_mega.megatron.runtime.shutdown() when done with it."""
+    from hpt_mega.checkpoint.hf import HFCheckpoint
+    from hpt_mega.checkpoint.weights import load_hf
+    from hpt_mega.megatron import runtime
+    from hpt_mega.megatron.model import DTYPES, build_model
+    from hpt_mega.megatron.optimizer import build_optimizer, wrap_data_parallel
+    from hpt_mega.resharding.mapping import family_for
+
+    layout = runtime.initialize(cfg)
+    checkpoint = HFCheckpoint(folder)
+    family = family_for(checkpoint.config)
+    shape = family.read_shape(checkpoint.config)
+    model = build_model(shape, cfg.parallel, layout, DTYPES[cfg.precision.dtype])
+    load_hf(model, checkpoint, family, shape, layout)
+    wrapped = wrap_data_parallel(model, cfg) if train else None
+    optimizer = build_optimizer(wrapped, cfg) if train else None
+    return Policy(cfg, layout, family, shape, model, wrapped, optimizer)
