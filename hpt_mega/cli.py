@@ -12,7 +12,9 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
+from hpt_mega.checkpoint.command import add_directions
 from hpt_mega.config import ConfigError, compose
 
 CONFIG_ERROR = 2  # exit code; argparse's own for a wrong command line
@@ -66,8 +68,19 @@ def _parser() -> argparse.ArgumentParser:
         description="Every algorithm as a row: the gradient of its objective, its normaliser, its paper.",
         epilog="example: hpt algorithms; hpt train experiment=demo algorithm=grpo algorithm.clip_high=0.28",
     )
+    algorithms.add_argument(
+        "--markdown", action="store_true", help="the page docs/algorithms.md: every row, part and option"
+    )
     algorithms.set_defaults(run=_algorithms)
 
+    convert = verbs.add_parser(
+        "convert",
+        help="convert a checkpoint, Hugging Face to Megatron or back",
+        description="Convert a checkpoint: streamed, bit-exact, and resumed where it was killed.",
+    )
+    add_directions(convert)
+
+    _add_diagnosis(verbs)
     doctor = verbs.add_parser(
         "doctor",
         help="what is installed and what each missing part would give",
@@ -77,6 +90,29 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--json", action="store_true", help="one JSON object instead of tables")
     doctor.set_defaults(run=_doctor)
     return parser
+
+
+def _add_diagnosis(verbs: Any) -> None:
+    diagnosis = verbs.add_parser(
+        "diagnose-gradient",
+        help="bias and variance of each algorithm's gradient",
+        description="Bias and variance of each algorithm's gradient over resampled rollouts, against the "
+        "true gradient of the expected reward, on a policy small enough to enumerate.",
+        epilog="example: hpt diagnose-gradient --rows grpo rloo hpt --staleness 0 0.2 --out runs/gradient",
+    )
+    diagnosis.add_argument("--rows", nargs="+", metavar="ROW", help="algorithms by name; default: all")
+    diagnosis.add_argument("--questions", type=int, default=6, help="from half solved to hardly ever (6)")
+    diagnosis.add_argument("--rollouts", type=int, default=8, help="of each question (8)")
+    diagnosis.add_argument("--resamplings", type=int, default=400, help="gradients a row is judged by (400)")
+    diagnosis.add_argument(
+        "--staleness", type=float, nargs="+", default=[0.0], help="how far the rollouts' policy is off (0)"
+    )
+    diagnosis.add_argument(
+        "--own-normaliser", action="store_true", help="each row's own, not sums over tokens for all"
+    )
+    diagnosis.add_argument("--seed", type=int, default=0)
+    diagnosis.add_argument("--out", type=Path, metavar="DIR", help="also write table.md and plot.png there")
+    diagnosis.set_defaults(run=_diagnose_gradient)
 
 
 def _train(options: argparse.Namespace) -> int:
@@ -99,7 +135,41 @@ def _report(options: argparse.Namespace) -> int:
     return 0
 
 
+def _diagnose_gradient(options: argparse.Namespace) -> int:
+    from hpt_mega.objective import diagnosis, rows
+
+    try:
+        findings = [
+            finding
+            for staleness in options.staleness
+            for finding in diagnosis.diagnose_gradient(
+                options.rows or [row.name for row in rows()],
+                questions=options.questions,
+                rollouts=options.rollouts,
+                resamplings=options.resamplings,
+                staleness=staleness,
+                own_normaliser=options.own_normaliser,
+                seed=options.seed,
+            )
+        ]
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    table = diagnosis.table(findings)
+    print(table, end="")
+    if options.out is not None:
+        options.out.mkdir(parents=True, exist_ok=True)
+        (options.out / "table.md").write_text(table)
+        diagnosis.plot(findings, options.out / "plot.png")
+    return 0
+
+
 def _algorithms(options: argparse.Namespace) -> int:
+    if options.markdown:
+        from hpt_mega.objective.describe import markdown
+
+        print(markdown(), end="")
+        return 0
+
     from rich.console import Console
     from rich.table import Table
 

@@ -113,9 +113,18 @@ class OptimizerConfig:
 
 
 @dataclass
+class CriticConfig:
+    """The value model of algorithms with advantage gae (PPO)."""
+
+    lr: float = 2e-5
+    clip: float = 0.2  # how far a value may move from the old one before its gradient stops
+
+
+@dataclass
 class TrainerConfig:
     steps: int = 30
     questions_per_step: int = 16
+    updates_per_step: int = 1  # optimizer steps on a step's trajectories, which are dealt out among them
     tokens_per_microbatch: int = 1024
     eval_every: int = 0  # 0: only before the first and after the last step
     save_every: int = 10
@@ -136,6 +145,7 @@ class Config:
     reward: RewardConfig = field(default_factory=RewardConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    critic: CriticConfig = field(default_factory=CriticConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     run_dir: str = "runs/latest"
     resume: str = "never"  # never | auto

@@ -9,23 +9,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from hpt_mega.checkpoint.store import CheckpointStore
 from hpt_mega.config import Config
 from hpt_mega.data.loader import QuestionLoader
-from hpt_mega.data.packing import MicroBatch, collate, plan_microbatches
 from hpt_mega.evaluation.heldout import Accuracy, evaluate, overall
-from hpt_mega.megatron.optimizer import (
-    DistributedDataParallel,
-    MegatronOptimizer,
-    learning_rate,
-    set_learning_rate,
-)
+from hpt_mega.megatron.learner import Learner
 from hpt_mega.megatron.runtime import Layout
-from hpt_mega.megatron.state import load_state, save_state
-from hpt_mega.megatron.step import Metrics, Objective, forward_backward, update
-from hpt_mega.objective import Estimator, TokenBatch
+from hpt_mega.megatron.step import Metrics
 from hpt_mega.rewards.pool import RewardPool
 from hpt_mega.rollout.engine import RolloutEngine, Sample, SamplingParams
 from hpt_mega.scheduler.blend import Schedule, schedule
@@ -41,16 +31,13 @@ class Trainer:
 
     cfg: Config
     layout: Layout
-    model: DistributedDataParallel
-    optimizer: MegatronOptimizer
+    learner: Learner
     engine: RolloutEngine
-    estimator: Estimator
     gate: Gate
     loader: QuestionLoader
     heldout: Sequence[Question]
     rewards: RewardPool | None  # on each replica's leader
     tokenizer: Any
-    vocab_size: int
     store: CheckpointStore
     log: RunLog
     timer: PhaseTimer
@@ -73,8 +60,9 @@ class Trainer:
         questions = self.loader.next_batch(self.step)
         rollouts = self.generate(questions)
         rewarded = self.reward(questions, rollouts)
-        plan = schedule(rewarded, questions, self.gate, policy_version=self.step)
-        metrics = self.update_policy(plan.trajectories)
+        pairs = self.learner.estimator.trains_on_pairs
+        plan = schedule(rewarded, questions, self.gate, policy_version=self.step, pairs=pairs)
+        metrics = self.learn(plan.trajectories)
         self.step += 1
         with self.timer.phase("sync"):
             self.engine.update_weights(policy_version=self.step)
@@ -124,62 +112,10 @@ class Trainer:
         self.log.samples(self.step + 1, questions, texts, [t.reward for group in rewarded for t in group])
         return rewarded
 
-    def update_policy(self, trajectories: Sequence[Trajectory]) -> Metrics:
-        """One optimizer step on the unified objective over all replicas' trajectories."""
-        rate = learning_rate(self.cfg.optimizer, self.step, self.cfg.trainer.steps)
+    def learn(self, trajectories: Sequence[Trajectory]) -> Metrics:
+        """The optimizer's updates on the unified objective, over all replicas' trajectories."""
         with self.timer.phase("train"):
-            microbatches, denominator, tokens = self._plan_update(trajectories)
-            self.model.zero_grad_buffer()
-            self.optimizer.zero_grad()
-            objective = Objective(
-                self.estimator, denominator, self.cfg.rollout.temperature or 1.0, self.vocab_size
-            )
-            sums = forward_backward(self.model, microbatches, objective, self.layout)
-            set_learning_rate(self.optimizer, rate)
-            norm = update(self.optimizer)
-        return _averages(sums) | {"tokens_trained": tokens, "grad_norm": norm, "lr": rate}
-
-    def _plan_update(self, trajectories: Sequence[Trajectory]) -> tuple[list[MicroBatch], float, float]:
-        """This rank's micro-batches; the global denominator and number of tokens, prompts included.
-
-        Advantages need whole groups, so they are taken before the split. Trajectories whose gradient is
-        zero (a group that is all right or all wrong) count in the denominator but are not computed.
-        """
-        advantages = self._advantages(trajectories)
-        live = [
-            (t, a)
-            for t, a in zip(trajectories, advantages, strict=True)
-            if self.estimator.trains_on(a, t.weight)
-        ]
-        lengths = [len(t) for t, _ in live]
-        denominator, tokens = self.layout.sum_over_data([self._local_denominator(trajectories), sum(lengths)])
-        budget = self.cfg.trainer.tokens_per_microbatch
-        (count,) = self.layout.max_over_world([len(plan_microbatches(lengths, budget))])
-        plan = plan_microbatches(lengths, budget, at_least=int(count))
-        multiple = self.layout.tp_size if self.cfg.parallel.sequence_parallel else 1
-        microbatches = [
-            collate([live[i][0] for i in part], [live[i][1] for i in part], multiple_of=multiple)
-            for part in plan
-        ]
-        return microbatches, denominator, tokens
-
-    def _advantages(self, trajectories: Sequence[Trajectory]) -> list[float]:
-        if not trajectories:
-            return []
-        return self.estimator.advantages(
-            torch.tensor([t.reward for t in trajectories], dtype=torch.float64),
-            torch.tensor([t.group for t in trajectories]),
-            torch.tensor([int(t.source) for t in trajectories]),
-        ).tolist()
-
-    def _local_denominator(self, trajectories: Sequence[Trajectory]) -> float:
-        if not trajectories:
-            return 0.0
-        inert = collate(trajectories, [0.0] * len(trajectories))
-        logp = torch.zeros(inert.mask_BT.shape)
-        return self.estimator.denominator(
-            TokenBatch(logp=logp, mask=inert.mask_BT, group=inert.group_B, source=inert.source_B)
-        )
+            return self.learner.learn(trajectories, self.step)
 
     def evaluate(self) -> dict[str, float]:
         """Greedy held-out accuracy, split over the replicas."""
@@ -206,10 +142,10 @@ class Trainer:
 
     def save(self) -> None:
         with self.timer.phase("checkpoint"), self.store.writing(self.step) as folder:
-            save_state(folder, self.model.module, self.optimizer, {"step": self.step}, self.layout)
+            self.learner.save(folder, {"step": self.step})
 
     def resume(self, step: int) -> None:
-        common = load_state(self.store.path(step), self.model.module, self.optimizer, self.layout)
+        common = self.learner.load(self.store.path(step))
         self.step = common["step"]
         self.engine.update_weights(policy_version=self.step)
         self.timer.take()  # start-up is no part of the next step
@@ -250,15 +186,3 @@ class Trainer:
             "trajectories": trained,
             "policy_version": self.step,
         }
-
-
-def _averages(sums: Metrics) -> Metrics:
-    """Per-token means from the step's sums; metrics that are neither sum nor maximum pass through."""
-    tokens = max(1.0, sums["sum/tokens"])
-    return {
-        "loss": sums["sum/loss"],
-        "entropy": sums["sum/entropy"] / tokens,
-        "logp_gap_mean": sums["sum/logp_gap"] / max(1.0, sums["sum/online_tokens"]),
-        "logp_gap_max": sums["max/logp_gap"],
-        **{name: value for name, value in sums.items() if name.startswith("objective/")},
-    }

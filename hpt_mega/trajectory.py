@@ -34,8 +34,8 @@ class Question:
 class Trajectory:
     """One response to one question, ready to be trained on.
 
-    rollout_logp holds the engine's log-probability of each response token (offline: empty).
-    weight is HPT's alpha (online) or beta (offline).
+    rollout_logp holds the engine's log-probability of each response token (offline: empty). weight is HPT's
+    alpha (online) or beta (offline). The fields after it are filled in only where an algorithm asks for them.
     """
 
     prompt_tokens: tuple[int, ...]
@@ -46,6 +46,10 @@ class Trajectory:
     rollout_logp: tuple[float, ...] = ()
     reward: float = 0.0
     weight: float = 1.0
+    old_logp: tuple[float, ...] = ()  # of the policy before the step's first update, by the trainer
+    ref_logp: tuple[float, ...] = ()  # of the frozen reference model
+    values: tuple[float, ...] = ()  # the critic's estimate before each response token
+    pair: int = -1  # of a better and a worse response to one question
 
     def __len__(self) -> int:
         return len(self.prompt_tokens) + len(self.response_tokens)

@@ -80,8 +80,9 @@ def _numbers(cfg: Config) -> Problems:
         "parallel.tp parallel.pp parallel.dp data.train_questions data.heldout_questions "
         "data.max_prompt_tokens data.max_demonstration_tokens reward.workers reward.deadline_s "
         "rollout.rollouts_per_question rollout.max_new_tokens rollout.max_sequences rollout.top_p "
-        "optimizer.lr trainer.steps trainer.questions_per_step trainer.tokens_per_microbatch "
-        "trainer.keep_checkpoints trainer.deadline_s"
+        "optimizer.lr critic.lr critic.clip trainer.steps trainer.updates_per_step "
+        "trainer.questions_per_step trainer.tokens_per_microbatch trainer.keep_checkpoints "
+        "trainer.deadline_s"
     )
     at_least_zero = (
         "rollout.temperature optimizer.warmup_steps optimizer.weight_decay optimizer.clip_grad "
@@ -163,6 +164,12 @@ def _batch(cfg: Config) -> Problems:
     if dp > 0 and questions % dp:
         fitting = f"{max(1, questions // dp) * dp} or {(questions // dp + 1) * dp}"
         yield f"trainer.questions_per_step is {questions} and parallel.dp is {dp}; expected {fitting}"
+    updates = cfg.trainer.updates_per_step
+    if dp > 0 and questions // dp < updates:
+        yield (
+            f"trainer.updates_per_step is {updates} and a replica has {questions // dp} questions a step; an "
+            "update needs at least one: lower updates_per_step or raise trainer.questions_per_step"
+        )
     if questions > cfg.data.train_questions:
         yield (
             f"trainer.questions_per_step is {questions} and data.train_questions {cfg.data.train_questions}; "
@@ -196,21 +203,16 @@ def _objective(cfg: Config) -> Problems:
         yield f"gate: {error}"
         return
     row = estimator.row
-    if not estimator.advantage_per_sequence:
-        yield (
-            f"algorithm={row.name}: advantage '{row.parts.advantage}' is not one number a rollout, which is "
-            "all that `hpt train` computes; choose another (`hpt algorithms`)"
-        )
     alpha, beta = weigh(torch.linspace(0, 1, max(n, 1) + 1, dtype=torch.float64))
     yield from _gate_fits(row, bool((alpha > 0).any()), bool((beta > 0).any()), cfg.gate.name)
     if (
         n == 1
         and bool((alpha > 0).any())
-        and row.parts.advantage in ("group_mean", "group_norm", "leave_one_out")
+        and row.parts.advantage in ("group_mean", "group_norm", "leave_one_out", "preference")
     ):
         yield (
             f"algorithm={row.name} compares the rollouts of a question and rollout.rollouts_per_question "
-            "is 1: every advantage would be 0; set at least 2"
+            "is 1: there is nothing to compare; set at least 2"
         )
 
 

@@ -9,8 +9,8 @@ import json
 import sys
 import traceback
 import warnings
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 warnings.filterwarnings("ignore", message=".*(Apex|Transformer Engine).*not installed.*")
 
@@ -24,11 +24,13 @@ from hpt_mega.config import Config, load  # noqa: E402
 from hpt_mega.data.loader import QuestionLoader  # noqa: E402
 from hpt_mega.data.questions import load_questions  # noqa: E402
 from hpt_mega.megatron import runtime  # noqa: E402
-from hpt_mega.megatron.model import DTYPES, build_model  # noqa: E402
+from hpt_mega.megatron.critic import Critic, ValueModel, build_critic  # noqa: E402
+from hpt_mega.megatron.learner import Learner  # noqa: E402
+from hpt_mega.megatron.model import DTYPES, PolicyModel, build_model  # noqa: E402
 from hpt_mega.megatron.optimizer import build_optimizer, wrap_data_parallel  # noqa: E402
 from hpt_mega.megatron.runtime import Layout  # noqa: E402
 from hpt_mega.objective import algorithm  # noqa: E402
-from hpt_mega.resharding.mapping import family_for  # noqa: E402
+from hpt_mega.resharding.mapping import ModelShape, family_for  # noqa: E402
 from hpt_mega.rewards.pool import RewardPool  # noqa: E402
 from hpt_mega.rollout.megatron import MegatronEngine  # noqa: E402
 from hpt_mega.scheduler.gate import gate  # noqa: E402
@@ -77,34 +79,60 @@ def build_trainer(
     checkpoint = HFCheckpoint(Path(cfg.model.path))
     family = family_for(checkpoint.config)
     shape = family.read_shape(checkpoint.config)
-    model = build_model(shape, cfg.parallel, layout, DTYPES[cfg.precision.dtype])
+    dtype = DTYPES[cfg.precision.dtype]
+    model = build_model(shape, cfg.parallel, layout, dtype)
     load_hf(model, checkpoint, family, shape, layout)
-    wrapped = wrap_data_parallel(model, cfg)
     tokenizer = AutoTokenizer.from_pretrained(cfg.model.path)
     questions = load_questions(cfg.data, tokenizer)
-    estimator = algorithm(cfg.algorithm.name, **_objective_options(cfg))
+    rewards = (
+        RewardPool(cfg.reward.kind, cfg.reward.workers, cfg.reward.deadline_s) if layout.is_leader else None
+    )
     return Trainer(
         cfg=cfg,
         layout=layout,
-        model=wrapped,
-        optimizer=build_optimizer(wrapped, cfg),
+        learner=build_learner(cfg, layout, model, shape),
         engine=MegatronEngine(
             model, layout, vocab_size=shape.vocab_size, max_sequences=cfg.rollout.max_sequences
         ),
-        estimator=estimator,
         gate=gate(cfg.gate.name, **cfg.gate.options),
         loader=QuestionLoader(
             questions.train, cfg.trainer.questions_per_step, layout.dp_rank, layout.dp_size, cfg.seed
         ),
         heldout=questions.heldout,
-        rewards=RewardPool(cfg.reward.kind, cfg.reward.workers, cfg.reward.deadline_s)
-        if layout.is_leader
-        else None,
+        rewards=rewards,
         tokenizer=tokenizer,
-        vocab_size=shape.vocab_size,
         store=store,
         log=log,
         timer=timer,
+    )
+
+
+def build_learner(cfg: Config, layout: Layout, model: PolicyModel, shape: ModelShape) -> Learner:
+    """The optimizer around the policy and, where the algorithm asks for them, reference model and critic."""
+    # Dr.GRPO's constant length is the longest response there can be
+    options = {"length": cfg.rollout.max_new_tokens, **cfg.algorithm.options}
+    estimator = algorithm(cfg.algorithm.name, **options)
+    dtype = DTYPES[cfg.precision.dtype]
+    reference: PolicyModel | None = None
+    critic: Critic | None = None
+    if estimator.needs_reference_model:
+        reference = build_model(shape, cfg.parallel, layout, dtype)
+        reference.load_state_dict(model.state_dict())
+    if estimator.needs_values:
+        # the output layer of a tied model is its embedding, which the critic's head is not
+        untied = replace(shape, tied=False)
+        value_model = build_model(untied, cfg.parallel, layout, dtype, kind=ValueModel)
+        critic = build_critic(value_model, model, cfg, layout)
+    wrapped = wrap_data_parallel(model, cfg)
+    return Learner(
+        cfg=cfg,
+        layout=layout,
+        policy=wrapped,
+        optimizer=build_optimizer(wrapped, cfg),
+        estimator=estimator,
+        vocab_size=shape.vocab_size,
+        reference=reference,
+        critic=critic,
     )
 
 
@@ -116,13 +144,13 @@ def export(cfg: Config, layout: Layout, trainer: Trainer) -> None:
     config = HFCheckpoint(source).config
     family = family_for(config)
     export_hf(
-        trainer.model.module, family, family.read_shape(config), Path(cfg.run_dir) / "hf", source, layout
+        trainer.learner.policy.module,
+        family,
+        family.read_shape(config),
+        Path(cfg.run_dir) / "hf",
+        source,
+        layout,
     )
-
-
-def _objective_options(cfg: Config) -> dict[str, Any]:
-    """The row's options; Dr.GRPO's constant length is the longest response there can be."""
-    return {"length": cfg.rollout.max_new_tokens, **cfg.algorithm.options}
 
 
 def _report_failure(run_dir: Path, layout: Layout, timer: PhaseTimer, error: BaseException) -> None:
@@ -136,7 +164,9 @@ def _report_failure(run_dir: Path, layout: Layout, timer: PhaseTimer, error: Bas
         "error": f"{type(error).__name__}: {error}",
         "traceback": traceback.format_exc(),
     }
-    (logs / f"failure_rank{layout.rank}.json").write_text(json.dumps(report))
+    partial = logs / f".failure_rank{layout.rank}"  # torchrun may kill this process while it writes
+    partial.write_text(json.dumps(report))
+    partial.rename(logs / f"failure_rank{layout.rank}.json")
 
 
 if __name__ == "__main__":

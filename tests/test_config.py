@@ -75,7 +75,7 @@ def test_a_saved_config_is_loaded_as_it_was(tmp_path: Path) -> None:
     [
         ("paralel.pp=3", "did you mean parallel.pp"),
         ("parallel.pipeline=3", "unknown key parallel.pipeline"),
-        ("lr=1e-4", "did you mean optimizer.lr?"),
+        ("lr=1e-4", "did you mean optimizer.lr or critic.lr?"),
         ("seed.x=1", "nothing lies below seed"),
         ("parallel.pp=two", "expected a whole number"),
         ("trainer.deterministic=perhaps", "expected true or false"),

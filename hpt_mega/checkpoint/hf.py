@@ -1,4 +1,4 @@
-"""Hugging Face model folders as files: tensors read one at a time, folders written shard by shard.
+"""Hugging Face model folders as files: tensors read one at a time, and written one at a time in any order.
 
 What the tensors mean is in resharding/mapping; how they get into and out of a model is in weights.py.
 """
@@ -8,103 +8,215 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, BinaryIO
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-_INDEX = "model.safetensors.index.json"
-_DTYPE_NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
+from hpt_mega.checkpoint.fp8 import SCALE_SUFFIX, dequantize
+from hpt_mega.checkpoint.safetensors import (
+    Slot,
+    Spec,
+    header_of,
+    read_header,
+    read_tensor,
+    write_tensor,
+)
+
+INDEX = "model.safetensors.index.json"
+SHARD_BYTES = 5 * 1000**3
+DTYPE_NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
+_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+_FP8_BLOCK = (128, 128)
+_COMPANIONS = (".json", ".jinja", ".txt", ".model")
 
 
 class HFCheckpoint:
     """A folder with config.json and safetensors, one file or many with an index. Nothing is read ahead.
 
-    Raises FileNotFoundError where a part is missing, ValueError where the index names an absent file.
+    FP8 weights with block scales read as the config's dtype (bf16 where it names none); their scales are no
+    tensors of their own. Raises FileNotFoundError where a part is missing, ValueError where one is damaged.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.config: dict[str, Any] = json.loads((folder / "config.json").read_text())
-        self._file_of = self._locate()
-        self._open: tuple[Path, Any] | None = None
+        self.config = read_config(folder)
+        self._slots = self._locate()
+        self._open: tuple[Path, BinaryIO] | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return config_dtype(self.config)
 
     def names(self) -> list[str]:
-        return list(self._file_of)
+        return [name for name in self._slots if not self._is_scale(name)]
+
+    def spec(self, name: str) -> Spec:
+        """What tensor() gives, without its data. Raises KeyError for an unknown name."""
+        spec = self._slots[name][1].spec
+        return Spec(self.dtype, spec.shape) if self._is_quantized(name) else spec
 
     def tensor(self, name: str) -> Tensor:
-        """One tensor, on the CPU, in the dtype it is stored in. Raises KeyError for an unknown name."""
-        path = self._file_of[name]
-        if self._open is None or self._open[0] != path:
-            self._open = (path, safe_open(path, framework="pt"))
-        tensor: Tensor = self._open[1].get_tensor(name)
-        return tensor
+        """One tensor, on the CPU, in the dtype it is stored in. Raises KeyError for an unknown name.
 
-    def _locate(self) -> dict[str, Path]:
-        index = self.folder / _INDEX
-        if index.is_file():
-            weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
-            if absent := {file for file in weight_map.values() if not (self.folder / file).is_file()}:
-                raise ValueError(f"{index} names files that are not there: {', '.join(sorted(absent))}")
-            return {name: self.folder / file for name, file in weight_map.items()}
+        Raises ValueError for a dtype that is no weight's.
+        """
+        stored = self._read(name)
+        if self._is_quantized(name):
+            quantization = self.config.get("quantization_config") or {}
+            block = tuple(quantization.get("weight_block_size") or _FP8_BLOCK)
+            return dequantize(stored, self._read(name + SCALE_SUFFIX), block, self.dtype)
+        if stored.dtype not in (self.dtype, torch.float32):
+            raise ValueError(
+                f"{name} is stored as {stored.dtype} and config.json says {self.dtype}; expected that or "
+                "torch.float32. Correct the config's dtype, or copy the file again"
+            )
+        return stored
+
+    def _read(self, name: str) -> Tensor:
+        path, slot = self._slots[name]
+        if self._open is None or self._open[0] != path:
+            if self._open:
+                self._open[1].close()
+            self._open = (path, path.open("rb", buffering=0))
+        assert self._open is not None
+        return read_tensor(self._open[1], slot)
+
+    def _is_quantized(self, name: str) -> bool:
+        return self._slots[name][1].spec.dtype is torch.float8_e4m3fn and name + SCALE_SUFFIX in self._slots
+
+    def _is_scale(self, name: str) -> bool:
+        return name.endswith(SCALE_SUFFIX) and name.removesuffix(SCALE_SUFFIX) in self._slots
+
+    def _locate(self) -> dict[str, tuple[Path, Slot]]:
+        index = self.folder / INDEX
+        if not index.is_file():
+            return self._locate_without_index()
+        weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
+        files = {file: self.folder / file for file in dict.fromkeys(weight_map.values())}
+        if absent := [file for file, path in files.items() if not path.is_file()]:
+            raise FileNotFoundError(f"{index} names files that are not there: {', '.join(sorted(absent))}")
+        found = {name: (path, slot) for path in files.values() for name, slot in read_header(path).items()}
+        if unlisted := weight_map.keys() ^ found.keys():
+            raise ValueError(
+                f"{index} and its files do not name the same tensors; only in one of them: "
+                f"{', '.join(sorted(unlisted)[:8])}. Copy the folder again"
+            )
+        return found
+
+    def _locate_without_index(self) -> dict[str, tuple[Path, Slot]]:
         files = sorted(self.folder.glob("*.safetensors"))
         if not files:
             raise FileNotFoundError(f"{self.folder} holds no *.safetensors")
-        found: dict[str, Path] = {}
-        for path in files:
-            with safe_open(path, framework="pt") as opened:
-                found |= dict.fromkeys(opened.keys(), path)
-        return found
+        if len(files) > 1:
+            raise FileNotFoundError(
+                f"{self.folder} holds {len(files)} *.safetensors and no {INDEX}; copy the index too, or "
+                "remove the files that are not the model's"
+            )
+        return {name: (files[0], slot) for name, slot in read_header(files[0]).items()}
 
 
 class HFWriter:
-    """Collects tensors and writes a safetensors file whenever `shard_bytes` of them are at hand."""
+    """Writes a folder's safetensors, whose tensors are known beforehand, a tensor at a time in any order.
 
-    def __init__(self, folder: Path, shard_bytes: int) -> None:
+    Several writers, one after another or in several processes, may fill the same folder. `weight_map` gives
+    tensors their files; without one they are put into files of `shard_bytes`.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        tensors: Mapping[str, Spec],
+        weight_map: Mapping[str, str] | None = None,
+        shard_bytes: int = SHARD_BYTES,
+    ) -> None:
+        if weight_map is None or weight_map.keys() != tensors.keys():
+            weight_map = _weight_map(tensors, shard_bytes)
         self._folder = folder
-        self._shard_bytes = shard_bytes
-        self._pending: dict[str, Tensor] = {}
-        self._pending_bytes = 0
-        self._shards: list[list[str]] = []
-        self._total_bytes = 0
+        self._weight_map = weight_map
+        self._tensors = tensors
+        self._slots: dict[str, Slot] = {}
+        self._files: dict[str, BinaryIO] = {}
+        for file in dict.fromkeys(weight_map.values()):
+            header, slots = header_of(
+                {n: tensors[n] for n, its_file in weight_map.items() if its_file == file}
+            )
+            self._files[file] = self._open(folder / file, header)
+            self._slots |= slots
 
-    def add(self, name: str, tensor: Tensor) -> None:
-        tensor = tensor.detach().cpu().contiguous()
-        if self._pending and self._pending_bytes + tensor.nbytes > self._shard_bytes:
-            self._flush()
-        self._pending[name] = tensor
-        self._pending_bytes += tensor.nbytes
-        self._total_bytes += tensor.nbytes
+    def __enter__(self) -> HFWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for file in self._files.values():
+            if kind is None:
+                os.fsync(file.fileno())
+            file.close()
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Raises ValueError for another dtype or shape than planned."""
+        slot = self._slots[name]
+        if Spec.of(tensor) != slot.spec:
+            raise ValueError(f"{name} is {Spec.of(tensor)}, expected {slot.spec}")
+        write_tensor(self._files[self._weight_map[name]], tensor, slot.offset)
 
     def finish(self) -> None:
-        """Write what is left, give the files their final names, and add the index where there are several."""
-        self._flush()
-        count = len(self._shards)
-        if count == 1:
-            self._partial(0).rename(self._folder / "model.safetensors")
-            return
-        weight_map: dict[str, str] = {}
-        for number, names in enumerate(self._shards):
-            file = f"model-{number + 1:05d}-of-{count:05d}.safetensors"
-            self._partial(number).rename(self._folder / file)
-            weight_map |= dict.fromkeys(names, file)
-        index = {"metadata": {"total_size": self._total_bytes}, "weight_map": weight_map}
-        (self._folder / _INDEX).write_text(json.dumps(index, indent=2))
+        """Add the index, where there are several files; to be called once, by one writer."""
+        if len(self._files) > 1:
+            total = sum(spec.nbytes for spec in self._tensors.values())
+            index = {"metadata": {"total_size": total}, "weight_map": dict(self._weight_map)}
+            (self._folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
-    def _flush(self) -> None:
-        # a tensor that shares memory with another (a view) would be refused: each gets its own
-        owned = {name: tensor.clone() for name, tensor in self._pending.items()}
-        save_file(owned, self._partial(len(self._shards)), metadata={"format": "pt"})
-        self._shards.append(list(self._pending))
-        self._pending, self._pending_bytes = {}, 0
+    @staticmethod
+    def _open(path: Path, header: bytes) -> BinaryIO:
+        file = open(path, "r+b" if path.exists() else "w+b", buffering=0)  # noqa: SIM115
+        os.pwrite(file.fileno(), header, 0)
+        return file
 
-    def _partial(self, number: int) -> Path:
-        return self._folder / f"shard{number}.partial"
+
+def _weight_map(tensors: Mapping[str, Spec], shard_bytes: int) -> dict[str, str]:
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name, spec in tensors.items():
+        if shards[-1] and filled + spec.nbytes > shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += spec.nbytes
+    if len(shards) == 1:
+        return dict.fromkeys(shards[0], "model.safetensors")
+    count = len(shards)
+    return {
+        name: f"model-{number:05d}-of-{count:05d}.safetensors"
+        for number, names in enumerate(shards, start=1)
+        for name in names
+    }
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The folder's config.json. Raises FileNotFoundError or ValueError that name it."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} holds no config.json; expected a Hugging Face model folder")
+    try:
+        config: dict[str, Any] = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}") from None
+    return config
+
+
+def config_dtype(config: Mapping[str, Any]) -> torch.dtype:
+    """The dtype a config.json names (`torch_dtype` before transformers 5); bf16 where it names none."""
+    name = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
+    if name not in _DTYPES:
+        raise ValueError(f"dtype is {name!r} in config.json; expected one of {', '.join(_DTYPES)}")
+    return _DTYPES[name]
 
 
 @contextmanager
@@ -122,12 +234,17 @@ def writing_folder(out: Path) -> Iterator[Path]:
 
 
 def copy_companions(source: Path, out: Path, dtype: torch.dtype) -> None:
-    """Bring along all that is not weights: config.json (with the new dtype), tokenizer, generation config,
-    chat template."""
+    """Bring along all that is not weights: config.json, tokenizer, generation config, chat template.
+
+    config.json changes only where the weights are of another dtype than it says, or no longer quantised.
+    """
     for path in source.iterdir():
-        if path.is_file() and path.suffix in (".json", ".jinja", ".txt", ".model") and path.name != _INDEX:
+        if path.is_file() and path.suffix in _COMPANIONS and path.name != INDEX:
             shutil.copy2(path, out / path.name)
-    config = json.loads((source / "config.json").read_text())
-    config.pop("torch_dtype", None)  # the name of the key before transformers 5
-    config["dtype"] = _DTYPE_NAMES[dtype]
+    config = read_config(source)
+    if config_dtype(config) is dtype and "quantization_config" not in config:
+        return
+    for key in ("torch_dtype", "quantization_config"):
+        config.pop(key, None)
+    config["dtype"] = DTYPE_NAMES[dtype]
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")

@@ -6,20 +6,19 @@ first rank, which writes.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn import Parameter
 
 from hpt_mega.checkpoint.hf import HFCheckpoint, HFWriter, copy_companions, writing_folder
+from hpt_mega.checkpoint.safetensors import Spec
 from hpt_mega.megatron.model import PolicyModel
 from hpt_mega.megatron.runtime import Layout
 from hpt_mega.resharding.mapping import Entry, Family, MappingError, ModelShape
-from hpt_mega.resharding.mapping.table import canonical_name
-
-SHARD_BYTES = 5 * 1000**3
+from hpt_mega.resharding.mapping.table import EMBEDDING, canonical_name, compare
 
 
 def load_hf(
@@ -31,9 +30,27 @@ def load_hf(
     tensor has another shape than the model's.
     """
     family.check_names(shape, checkpoint.names())
+    family.check_shapes(shape, lambda name: checkpoint.spec(name).shape)
+    fill(model, lambda entry: [checkpoint.tensor(name) for name in entry.hf], family, shape, layout)
+
+
+def fill(
+    model: PolicyModel,
+    tensors_of: Callable[[Entry], list[Tensor]],
+    family: Family,
+    shape: ModelShape,
+    layout: Layout,
+) -> None:
+    """Fill this rank's parameters from whole Hugging Face tensors, wherever they come from."""
+    _, expert_rank, expert_size = model.expert_place()
     for entry, parameter in own_entries(model, family, shape):
-        tensors = [checkpoint.tensor(name) for name in entry.hf]
-        part = entry.fusion.shard(tensors, shape, layout.tp_rank, layout.tp_size)
+        tensors = tensors_of(entry)
+        rank, size = layout.tp_rank, layout.tp_size
+        if entry.expert is not None:
+            rank, size = expert_rank, expert_size
+        elif len(tensors) == 1 and tensors[0].shape == parameter.shape:
+            rank, size = 0, 1  # held whole: Transformer Engine does not cut latent attention's projections
+        part = entry.fusion.shard(tensors, shape, rank, size)
         if part.shape != parameter.shape:
             raise MappingError(
                 f"{' + '.join(entry.hf)} give {list(part.shape)} for {entry.megatron}, expected "
@@ -56,41 +73,57 @@ def export_hf(
         for entry in family.entries(shape):
             collector.whole_tensors(entry)
         return
-    with writing_folder(out) as folder:
-        writer = HFWriter(folder, SHARD_BYTES)
+    with writing_folder(out) as folder, HFWriter(folder, collector.specs(family.entries(shape))) as writer:
         for entry in family.entries(shape):
             for name, tensor in zip(entry.hf, collector.whole_tensors(entry), strict=True):
-                writer.add(name, tensor)
+                writer.write(name, tensor)
         writer.finish()
         copy_companions(source, folder, collector.dtype)
 
 
-def own_entries(model: PolicyModel, family: Family, shape: ModelShape) -> list[tuple[Entry, Parameter]]:
-    """This pipeline stage's parameters with their rows of the table.
+def own_entries(model: PolicyModel, family: Family, shape: ModelShape) -> list[tuple[Entry, Tensor]]:
+    """This rank's parameters (and the buffers a checkpoint holds) with their rows of the table.
 
     Raises MappingError where a parameter has no row.
     """
-    table = {entry.megatron: entry for entry in family.entries(shape)}
-    first_layer = model.decoder.layers[0].layer_number - 1
+    table = {name: entry for entry in family.entries(shape) for name in (entry.megatron, entry.te)}
+    first_expert, _, _ = model.expert_place()
     named = [
-        (canonical_name(name, first_layer, shape.tied), parameter)
-        for name, parameter in model.named_parameters()
+        (canonical_name(name, model.first_layer, first_expert, shape.tied), tensor)
+        for name, tensor in model.state_dict(keep_vars=True).items()
+        if torch.is_tensor(tensor) and not name.endswith("._extra_state")
     ]
     if homeless := [name for name, _ in named if name not in table]:
         raise MappingError(f"the {family.name} table has no row for {', '.join(homeless)}")
-    return [(table[name], parameter) for name, parameter in named]
+    return [(table[name], tensor) for name, tensor in named]
 
 
 class _Collector:
-    """Brings whole tensors to the first rank of a replica; its ranks ask for equal entries in one order."""
+    """Brings whole tensors to the first rank of a replica; its ranks ask for equal entries in one order.
+
+    Raises MappingError where the ranks of the replica together do not hold the whole model.
+    """
 
     def __init__(self, model: PolicyModel, family: Family, shape: ModelShape, layout: Layout) -> None:
         self._mine = {entry.megatron: parameter for entry, parameter in own_entries(model, family, shape)}
         self._shape = shape
         self._layout = layout
-        some = next(iter(self._mine.values()))
-        self.dtype, self._device = some.dtype, some.device
-        self._stage_of, self._shard_shape = self._locate()
+        self._stage_of, self._blank = self._locate()
+        compare(
+            f"{family.name} table",
+            {entry.megatron for entry in family.entries(shape)},
+            "parameters of one replica's ranks (expert parallelism spreads them over several)",
+            self._blank.keys(),
+        )
+        self.dtype = self._blank[EMBEDDING].dtype
+
+    def specs(self, entries: Iterable[Entry]) -> dict[str, Spec]:
+        """What whole_tensors() gives for these entries, by name."""
+        return {
+            name: Spec.of(tensor)
+            for entry in entries
+            for name, tensor in zip(entry.hf, self._planned(entry), strict=True)
+        }
 
     def whole_tensors(self, entry: Entry) -> list[Tensor]:
         """The entry's Hugging Face tensors on the replica's first rank; elsewhere nothing."""
@@ -103,17 +136,17 @@ class _Collector:
             return whole if layout.is_leader else []
         return self._receive(entry, stage) if layout.is_leader else []
 
-    def _locate(self) -> tuple[dict[str, int], dict[str, torch.Size]]:
-        """The first pipeline stage that holds each parameter of the model, and the shape of a rank's part."""
-        stages: list[dict[str, torch.Size]] = [{} for _ in range(self._layout.pp_size)]
-        mine = {name: parameter.shape for name, parameter in self._mine.items()}
+    def _locate(self) -> tuple[dict[str, int], dict[str, Tensor]]:
+        """The first pipeline stage that holds each parameter of the model, and a rank's part without data."""
+        stages: list[dict[str, Tensor]] = [{} for _ in range(self._layout.pp_size)]
+        mine = {name: torch.empty_like(part, device="meta") for name, part in self._mine.items()}
         dist.all_gather_object(stages, mine, group=self._layout.pp_group)
         stage_of: dict[str, int] = {}
-        shard_shape: dict[str, torch.Size] = {}
-        for stage, shapes in reversed(list(enumerate(stages))):
-            stage_of |= dict.fromkeys(shapes, stage)
-            shard_shape |= shapes
-        return stage_of, shard_shape
+        blank: dict[str, Tensor] = {}
+        for stage, parts in reversed(list(enumerate(stages))):
+            stage_of |= dict.fromkeys(parts, stage)
+            blank |= parts
+        return stage_of, blank
 
     def _merge(self, entry: Entry) -> list[Tensor]:
         part = self._mine[entry.megatron].detach().contiguous()
@@ -122,9 +155,16 @@ class _Collector:
         return [tensor.contiguous() for tensor in entry.fusion.merge(shards, self._shape)]
 
     def _receive(self, entry: Entry, stage: int) -> list[Tensor]:
-        blank = torch.empty(self._shard_shape[entry.megatron], device="meta")
-        planned = entry.fusion.merge([blank] * self._layout.tp_size, self._shape)
-        whole = [torch.empty(tensor.shape, dtype=self.dtype, device=self._device) for tensor in planned]
+        device = next(iter(self._mine.values())).device
+        whole = [torch.empty_like(tensor, device=device) for tensor in self._planned(entry)]
         for tensor in whole:
             dist.recv(tensor, self._layout.stage_rank(stage), self._layout.pp_group)
         return whole
+
+    def _planned(self, entry: Entry) -> list[Tensor]:
+        return [
+            tensor.contiguous()
+            for tensor in entry.fusion.merge(
+                [self._blank[entry.megatron]] * self._layout.tp_size, self._shape
+            )
+        ]

@@ -38,6 +38,7 @@ def install() -> None:
     _patch_random_state()
     _patch_norm_under_sequence_parallel()
     _patch_moe()
+    _patch_latent_attention()
     _patch_optimizer()
 
 
@@ -180,6 +181,13 @@ def _patch_moe() -> None:
     moe_utils.maybe_move_tensor_to_cpu = dispatcher.maybe_move_tensor_to_cpu = to_host
 
 
+def _patch_latent_attention() -> None:
+    """It takes TE for installed wherever megatron-core's own wrappers, then mocks, can be imported."""
+    module: Any = importlib.import_module("megatron.core.transformer.multi_latent_attention")
+    if not isinstance(module.TELinear, type):
+        module.HAVE_TE = False
+
+
 def _patch_optimizer() -> None:
     """Optimizers recognise parameters by the type name torch.cuda.*; loading forgets torch AdamW's step."""
     original_type = torch.Tensor.type
@@ -203,6 +211,7 @@ def _patch_optimizer() -> None:
         group, index = self.model_param_group_index_map[model_param]
         state = self.optimizer.state[self.optimizer.param_groups[group]["params"][index]]
         if torch.is_tensor(state.get("step")):
+            state["step"] = state["step"].clone()  # loaded as one tensor, which every parameter would advance
             tensors = {"step": state["step"], **tensors}
         return set_states(self, model_param, tensors)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -17,20 +18,25 @@ from hpt_mega.megatron import cpu
 
 cpu.install()
 
-from megatron.core import tensor_parallel  # noqa: E402
+from megatron.core import parallel_state, tensor_parallel  # noqa: E402
 from megatron.core.models.gpt import GPTModel  # noqa: E402
-from megatron.core.models.gpt.gpt_layer_specs import (  # noqa: E402
-    get_gpt_layer_local_spec,
-    get_gpt_layer_with_transformer_engine_spec,
-)
-from megatron.core.transformer import TransformerConfig  # noqa: E402
-from megatron.core.transformer.spec_utils import ModuleSpec  # noqa: E402
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec  # noqa: E402
+from megatron.core.transformer import MLATransformerConfig, TransformerConfig  # noqa: E402
+from megatron.core.transformer.moe.moe_layer import MoELayer  # noqa: E402
+from megatron.core.transformer.moe.router import TopKRouter  # noqa: E402
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules  # noqa: E402
 from megatron.core.transformer.utils import set_model_to_sequence_parallel  # noqa: E402
 
 from hpt_mega.megatron.attention import CoreAttention  # noqa: E402
 from hpt_mega.megatron.runtime import Layout  # noqa: E402
+from hpt_mega.megatron.variants import LatentCoreAttention, WindowAttention  # noqa: E402
 from hpt_mega.resharding.mapping.fusion import padded_vocab_size  # noqa: E402
-from hpt_mega.resharding.mapping.shape import ModelShape, RopeScaling  # noqa: E402
+from hpt_mega.resharding.mapping.shape import (  # noqa: E402
+    Experts,
+    LatentAttention,
+    ModelShape,
+    RopeScaling,
+)
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -47,6 +53,9 @@ class PolicyModel(GPTModel):
     ) -> tuple[Any, ...]:
         if self.pre_process:
             decoder_input = self.embedding(input_ids=input_ids, position_ids=position_ids)
+        if self.config.multi_latent_attention:
+            _refuse_other_positions(position_ids)
+            return decoder_input, None, None, None, None, None
         return decoder_input, self._rotary_frequencies(position_ids), None, None, None, None
 
     def _rotary_frequencies(self, position_ids_BS: Tensor) -> Tensor:
@@ -82,14 +91,36 @@ class PolicyModel(GPTModel):
                 set_model_to_sequence_parallel(self, set_to=True)
             self.train(training)
 
+    @property
+    def first_layer(self) -> int:
+        """The index in the whole model of this chunk's first layer."""
+        return int(self.decoder.layers[0].layer_number) - 1
+
+    def expert_place(self) -> tuple[int, int, int]:
+        """(index of the first expert held here, rank and size of the experts' tensor parallelism)."""
+        mixtures = [layer.mlp for layer in self.decoder.layers if isinstance(layer.mlp, MoELayer)]
+        if not mixtures:
+            return 0, 0, 1
+        group = mixtures[0].experts.tp_group
+        return mixtures[0].local_expert_indices[0], group.rank(), group.size()
+
     def core_attentions(self) -> list[CoreAttention]:
         return [layer.self_attention.core_attention for layer in self.decoder.layers]
+
+
+def _refuse_other_positions(position_ids_BS: Tensor) -> None:
+    """Latent attention rotates inside its layers, by the place in the sequence; nothing reaches in there."""
+    if not (position_ids_BS == torch.arange(position_ids_BS.shape[1], device=position_ids_BS.device)).all():
+        raise ValueError(
+            "latent attention counts positions from the sequence's start; given were other position_ids"
+        )
 
 
 def transformer_config(shape: ModelShape, parallel: ParallelConfig, dtype: torch.dtype) -> TransformerConfig:
     """Megatron's config of the model and the layout."""
     on_gpu = torch.cuda.is_available()
-    return TransformerConfig(
+    window = shape.sliding_window
+    options: dict[str, Any] = dict(
         num_layers=shape.num_layers,
         hidden_size=shape.hidden_size,
         num_attention_heads=shape.num_attention_heads,
@@ -98,7 +129,8 @@ def transformer_config(shape: ModelShape, parallel: ParallelConfig, dtype: torch
         ffn_hidden_size=shape.ffn_hidden_size,
         layernorm_epsilon=shape.norm_epsilon,
         add_qkv_bias=shape.qkv_bias,
-        qk_layernorm=shape.qk_norm,
+        qk_layernorm=shape.qk_norm or shape.latent is not None,
+        window_size=(window - 1, 0) if window else None,
         normalization="RMSNorm",
         gated_linear_unit=True,
         activation_func=torch.nn.functional.silu,
@@ -123,35 +155,130 @@ def transformer_config(shape: ModelShape, parallel: ParallelConfig, dtype: torch
         gradient_accumulation_fusion=False,
         apply_rope_fusion=False,
     )
+    if shape.experts:
+        options |= _expert_options(shape.experts, shape.num_layers)
+    if shape.latent:
+        return MLATransformerConfig(**options, **_latent_options(shape.latent, shape.rotary_base))
+    return TransformerConfig(**options)
 
 
-def layer_spec(config: TransformerConfig) -> ModuleSpec:
+def _expert_options(experts: Experts, num_layers: int) -> dict[str, Any]:
+    """Routing is that of the checkpoint: no balancing loss, and a selection bias that stays as it is."""
+    return {
+        "num_moe_experts": experts.count,
+        "moe_router_topk": experts.top_k,
+        "moe_ffn_hidden_size": experts.ffn_hidden_size,
+        "moe_layer_freq": [int(layer >= experts.first_layer) for layer in range(num_layers)]
+        if experts.first_layer
+        else 1,
+        "moe_shared_expert_intermediate_size": experts.shared_ffn_hidden_size,
+        "moe_router_score_function": experts.score,
+        # a softmax over all experts leaves the chosen ones' weights short of one
+        "moe_router_pre_softmax": experts.score == "softmax" and not experts.normalized,
+        "moe_router_dtype": "fp32" if experts.score == "sigmoid" else None,
+        "moe_router_enable_expert_bias": experts.selection_bias,
+        "moe_router_bias_update_rate": 0.0,
+        "moe_router_num_groups": experts.groups,
+        "moe_router_group_topk": experts.top_groups,
+        "moe_router_topk_scaling_factor": experts.scaling,
+        "moe_router_load_balancing_type": "none",
+        "moe_aux_loss_coeff": 0.0,
+        "moe_grouped_gemm": torch.cuda.is_available(),
+    }
+
+
+def _latent_options(latent: LatentAttention, rotary_base: float) -> dict[str, Any]:
+    options: dict[str, Any] = {
+        "q_lora_rank": latent.q_lora_rank,
+        "kv_lora_rank": latent.kv_lora_rank,
+        "qk_head_dim": latent.qk_head_dim,
+        "qk_pos_emb_head_dim": latent.qk_rope_head_dim,
+        "v_head_dim": latent.v_head_dim,
+        "rope_type": "yarn" if latent.yarn else "rope",
+        "rotary_base": rotary_base,
+    }
+    if latent.yarn:
+        scaling = asdict(latent.yarn)
+        options |= {"rotary_scaling_factor": scaling.pop("factor"), **scaling}
+    return options
+
+
+def block_spec(config: TransformerConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
     """Transformer Engine's layers where there is a GPU, megatron-core's own with our attention elsewhere."""
-    if torch.cuda.is_available():
-        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
-    spec = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=config.qk_layernorm)
-    spec.submodules.self_attention.submodules.core_attention = CoreAttention
+    on_gpu = torch.cuda.is_available()
+    spec = get_gpt_decoder_block_spec(
+        config, use_transformer_engine=on_gpu, normalization="RMSNorm", vp_stage=vp_stage
+    )
+    if not on_gpu:
+        for layer in spec.layer_specs:
+            layer.submodules.self_attention.submodules.core_attention = _core_attention(config)
+            layer.submodules.sharded_state_dict_keys_map = _keys_of_transformer_engine(
+                latent=config.multi_latent_attention, experts=layer.submodules.mlp.module is MoELayer
+            )
     return spec
 
 
+def _core_attention(config: TransformerConfig) -> type[CoreAttention]:
+    if config.multi_latent_attention:
+        return LatentCoreAttention
+    return WindowAttention if config.window_size else CoreAttention
+
+
+def _keys_of_transformer_engine(*, latent: bool, experts: bool) -> dict[str, str]:
+    """Prefixes under which a checkpoint holds the norms that Transformer Engine fuses into linear layers.
+
+    megatron-core's own table is wrong for layers with experts, whose norm is not fused, and knows nothing of
+    latent attention; a checkpoint written on the CPU would not load on a GPU.
+    """
+    if latent:
+        keys = {
+            f"self_attention.{part}_layernorm.": f"self_attention.linear_{part}_up_proj.layer_norm_"
+            for part in ("q", "kv")
+        }
+    else:
+        keys = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
+    if not experts:
+        keys["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
+    return keys
+
+
 def build_model(
-    shape: ModelShape, parallel: ParallelConfig, layout: Layout, dtype: torch.dtype
+    shape: ModelShape,
+    parallel: ParallelConfig,
+    layout: Layout,
+    dtype: torch.dtype,
+    kind: type[PolicyModel] = PolicyModel,
 ) -> PolicyModel:
     """This rank's pipeline stage, with uninitialised weights, on the CPU or the current GPU."""
-    config = transformer_config(shape, parallel, dtype)
-    model = PolicyModel(
+    return build_stage(shape, transformer_config(shape, parallel, dtype), layout.tp_size, kind=kind)
+
+
+def build_stage(
+    shape: ModelShape,
+    config: TransformerConfig,
+    tp_size: int,
+    vp_stage: int | None = None,
+    kind: type[PolicyModel] = PolicyModel,
+) -> PolicyModel:
+    """One model chunk of this rank, the only one unless the pipeline is interleaved."""
+    model = kind(
         config,
-        layer_spec(config),
-        vocab_size=padded_vocab_size(shape.vocab_size, layout.tp_size),
+        block_spec(config, vp_stage),
+        vocab_size=padded_vocab_size(shape.vocab_size, tp_size),
         max_sequence_length=shape.max_position_embeddings,
-        pre_process=layout.is_first_stage,
-        post_process=layout.is_last_stage,
+        pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
+        post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
         share_embeddings_and_output_weights=shape.tied,
         position_embedding_type="rope",
         rotary_base=shape.rotary_base,
+        vp_stage=vp_stage,
         **_rope_scaling(shape.rope_scaling),
     )
-    model.to(dtype)  # torch's norms are made in fp32, which megatron-core's bf16 optimizer cannot checkpoint
+    # torch's norms are made in fp32, which megatron-core's bf16 optimizer cannot checkpoint
+    model.to(config.params_dtype)
+    for module in model.modules():
+        if isinstance(module, TopKRouter):
+            module._maintain_float32_expert_bias()
     return model.cuda() if torch.cuda.is_available() else model
 
 

@@ -17,11 +17,13 @@ from megatron.core.distributed import (  # isort: skip  (after model.py has made
 )
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer  # isort: skip
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig  # isort: skip
+from megatron.core.tensor_parallel import layers  # isort: skip
 
 
 def wrap_data_parallel(model: PolicyModel, cfg: Config) -> DistributedDataParallel:
     """Gradients are summed (not averaged) over data-parallel ranks in fp32: the objective's denominator
     is already global."""
+    _mark_tensor_parallel_weights(model)
     settings = DistributedDataParallelConfig(
         use_distributed_optimizer=cfg.parallel.distributed_optimizer, grad_reduce_in_fp32=True
     )
@@ -30,13 +32,28 @@ def wrap_data_parallel(model: PolicyModel, cfg: Config) -> DistributedDataParall
     return wrapped
 
 
+def _mark_tensor_parallel_weights(model: PolicyModel) -> None:
+    """megatron-core marks weights as split only where it initialises them, which this product never asks
+    for; the gradient's norm would leave out unmarked ones on all but the first tensor-parallel rank."""
+    for module in model.modules():
+        if not isinstance(module, _SPLIT_LAYERS) or module.weight is None:
+            continue
+        if not hasattr(module.weight, "tensor_model_parallel"):
+            dim = 1 if isinstance(module, layers.RowParallelLinear) else 0
+            layers.set_tensor_model_parallel_attributes(module.weight, True, dim, 1)
+
+
+_SPLIT_LAYERS = (layers.ColumnParallelLinear, layers.RowParallelLinear, layers.VocabParallelEmbedding)
+
+
 def _finalize_sums(model: list[Any], num_tokens: torch.Tensor | None = None, **kwargs: Any) -> None:
     """Reduce gradients over the groups; the token count of megatron's schedules is not divided by."""
     finalize_model_grads(model, None, **kwargs)
 
 
 def build_optimizer(model: DistributedDataParallel, cfg: Config) -> MegatronOptimizer:
-    """Adam with decoupled weight decay on fp32 master weights (apex or TE fused where importable)."""
+    """Adam on fp32 master weights (apex or TE fused where importable); decoupled weight decay on matrices
+    only, not on norms and biases."""
     settings = MegatronOptimizerConfig(
         optimizer="adam",
         lr=cfg.optimizer.lr,
@@ -49,6 +66,8 @@ def build_optimizer(model: DistributedDataParallel, cfg: Config) -> MegatronOpti
         use_distributed_optimizer=cfg.parallel.distributed_optimizer,
     )
     optimizer = get_megatron_optimizer(settings, [model])
+    for group in optimizer.param_groups:  # megatron-core leaves this to its own learning-rate scheduler
+        group["weight_decay"] = cfg.optimizer.weight_decay * group["wd_mult"]
     model.config.grad_scale_func = optimizer.scale_loss
     return optimizer
 

@@ -41,6 +41,12 @@ class Layout:
     model_group: dist.ProcessGroup
 
     @property
+    def device(self) -> torch.device:
+        """Where this process computes."""
+        on_gpu = torch.cuda.is_available()
+        return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+
+    @property
     def is_first_stage(self) -> bool:
         return self.pp_rank == 0
 
@@ -69,12 +75,12 @@ class Layout:
 
     def sum_over_data(self, values: Sequence[float]) -> list[float]:
         """Sum numbers (fp64) over the data-parallel ranks."""
-        total = torch.tensor(values, dtype=torch.float64)
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(total, group=self.dp_group)
         return total.tolist()
 
     def max_over_world(self, values: Sequence[float]) -> list[float]:
-        total = torch.tensor(values, dtype=torch.float64)
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(total, op=dist.ReduceOp.MAX)
         return total.tolist()
 

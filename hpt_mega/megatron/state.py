@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from hpt_mega.megatron.critic import Critic
 from hpt_mega.megatron.model import PolicyModel
 from hpt_mega.megatron.optimizer import MegatronOptimizer
 from hpt_mega.megatron.runtime import Layout
@@ -26,38 +27,78 @@ _OPTIMIZER_LAYOUT = {"distrib_optim_sharding_type": "fully_reshardable"}
 
 
 def save_state(
-    folder: Path, model: PolicyModel, optimizer: MegatronOptimizer, common: dict[str, Any], layout: Layout
+    folder: Path,
+    model: PolicyModel,
+    optimizer: MegatronOptimizer,
+    common: dict[str, Any],
+    layout: Layout,
+    critic: Critic | None = None,
 ) -> None:
     """Write this job's state into the existing folder; every rank calls it. `common` is small plain data."""
     # For this queue megatron-core would start a process that outlives a killed rank. Saves here are
     # synchronous: what is put into it is taken out by the same process.
     filesystem_async._results_queue = queue.Queue()
     dist_checkpointing.save(
-        {**_sharded_state(model, optimizer, layout, loading=False), "common": common}, str(folder)
+        {
+            **_sharded_state(model, optimizer, layout, critic, loading=False),
+            "random": _sharded_random_state(layout),
+            "world_size": layout.world_size,
+            "common": common,
+        },
+        str(folder),
     )
 
 
 def load_state(
-    folder: Path, model: PolicyModel, optimizer: MegatronOptimizer, layout: Layout
+    folder: Path,
+    model: PolicyModel,
+    optimizer: MegatronOptimizer,
+    layout: Layout,
+    critic: Critic | None = None,
 ) -> dict[str, Any]:
-    """Restore what save_state wrote, into any layout; returns `common`. RNG states need the same layout."""
-    state = dist_checkpointing.load(_sharded_state(model, optimizer, layout, loading=True), str(folder))
+    """Restore what save_state wrote, into any layout; returns `common`.
+
+    Random numbers go on only where the job has as many processes as the one that saved.
+    """
+    wanted = _sharded_state(model, optimizer, layout, critic, loading=True)
+    if dist_checkpointing.load_common_state_dict(str(folder))["world_size"] == layout.world_size:
+        wanted["random"] = _sharded_random_state(layout)
+    state = dist_checkpointing.load(wanted, str(folder))
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
-    _set_random_state(state["random"])
+    if critic is not None:
+        critic.model.module.load_state_dict(state["critic"])
+        critic.optimizer.load_state_dict(state["critic_optimizer"])
+    if "random" in wanted:
+        _set_random_state(state["random"])
     common: dict[str, Any] = state["common"]
     return common
 
 
 def _sharded_state(
-    model: PolicyModel, optimizer: MegatronOptimizer, layout: Layout, *, loading: bool
+    model: PolicyModel,
+    optimizer: MegatronOptimizer,
+    layout: Layout,
+    critic: Critic | None,
+    *,
+    loading: bool,
 ) -> dict[str, Any]:
     weights = model.sharded_state_dict()
-    return {
+    state = {
         "model": weights,
         "optimizer": optimizer.sharded_state_dict(weights, is_loading=loading, metadata=_OPTIMIZER_LAYOUT),
-        "random": ShardedObject("random", _random_state(), (layout.world_size,), (layout.rank,)),
     }
+    if critic is not None:
+        weights = critic.model.module.sharded_state_dict(prefix="critic.")
+        state["critic"] = {name.removeprefix("critic."): tensor for name, tensor in weights.items()}
+        state["critic_optimizer"] = critic.optimizer.sharded_state_dict(
+            weights, is_loading=loading, metadata=_OPTIMIZER_LAYOUT
+        )
+    return state
+
+
+def _sharded_random_state(layout: Layout) -> ShardedObject:
+    return ShardedObject("random", _random_state(), (layout.world_size,), (layout.rank,))
 
 
 def _random_state() -> dict[str, Any]:

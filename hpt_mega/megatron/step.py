@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+import operator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -24,95 +26,151 @@ from megatron.core.pipeline_parallel import get_forward_backward_func  # isort: 
 Metrics = dict[str, float]
 
 
+class Loss(Protocol):
+    """What a step minimises; called on the last pipeline stage, once a micro-batch."""
+
+    def __call__(
+        self, microbatch: MicroBatch, model: PolicyModel, hidden_SBH: Tensor, layout: Layout
+    ) -> tuple[Tensor, Metrics]:
+        """The micro-batch's share of the loss (a sum over the global denominator), and its metrics."""
+        ...
+
+
 @dataclass(frozen=True)
 class Objective:
-    """What a step minimises: the estimator, its global denominator, and how log-probs are taken."""
+    """The unified objective as a Loss: the estimator, its global denominator, and how log-probs are taken."""
 
     estimator: Estimator
     denominator: float
     temperature: float
     vocab_size: int
 
+    def __call__(
+        self, microbatch: MicroBatch, model: PolicyModel, hidden_SBH: Tensor, layout: Layout
+    ) -> tuple[Tensor, Metrics]:
+        logp_N, entropy_N = self.logprobs(microbatch, model, hidden_SBH, layout)
+        metrics = _token_metrics(microbatch, logp_N.detach(), entropy_N.detach())
+        if not len(logp_N):  # an inert micro-batch still runs the backward
+            return (logp_N.sum() + hidden_SBH.sum()) * 0.0, metrics | {"sum/loss": 0.0}
+        logp_BT = microbatch.to_response_grid(logp_N)
+        old_logp_BT = microbatch.old_logp_BT
+        advantage_B = microbatch.advantage_B
+        batch = TokenBatch(
+            logp=logp_BT,
+            # where a batch of rollouts is updated on once, the old policy is the current one
+            old_logp=logp_BT.detach() if old_logp_BT is None else old_logp_BT,
+            ref_logp=microbatch.ref_logp_BT,
+            rollout_logp=microbatch.rollout_logp_BT,
+            values=microbatch.values_BT,
+            mask=microbatch.mask_BT,
+            reward=microbatch.reward_B,
+            group=microbatch.group_B,
+            source=microbatch.source_B,
+            pair=microbatch.pair_B,
+            advantage=None if advantage_B is None else advantage_B[:, None].expand_as(microbatch.mask_BT),
+            weight=microbatch.weight_B,
+            entropy=microbatch.to_response_grid(entropy_N),
+            question_tokens=microbatch.question_tokens_B,
+        )
+        out = self.estimator(batch, denominator=self.denominator)
+        metrics["sum/loss"] = float(out.loss.detach())
+        metrics.update({f"mean/objective/{name}": value for name, value in out.metrics.items()})
+        return out.loss, metrics
+
+    def logprobs(
+        self, microbatch: MicroBatch, model: PolicyModel, hidden_SBH: Tensor, layout: Layout
+    ) -> tuple[Tensor, Tensor]:
+        """Log-probability and entropy [N] fp32 of the micro-batch's response tokens."""
+        weight = model.output_weight()
+        return token_logprobs(
+            hidden_SBH[microbatch.query_positions_N, microbatch.rows_N],
+            weight,
+            microbatch.targets_N,
+            temperature=self.temperature,
+            group=layout.tp_group if layout.tp_size > 1 else None,
+            vocab_start=layout.tp_rank * weight.shape[0],
+            vocab_size=self.vocab_size,
+        )
+
 
 def forward_backward(
-    model: DistributedDataParallel, microbatches: Sequence[MicroBatch], objective: Objective, layout: Layout
+    model: DistributedDataParallel, microbatches: Sequence[MicroBatch], loss: Loss, layout: Layout
 ) -> Metrics:
-    """Accumulate the gradient of the objective over this rank's micro-batches; every rank of the job calls
-    it with equally many. Returns sums and maxima over the whole job."""
-    forward = partial(_forward, objective=objective, layout=layout)
-    results = get_forward_backward_func()(
+    """Accumulate the gradient of the loss over this rank's micro-batches; every rank of the job calls it with
+    equally many. Returns sums and maxima over the whole job."""
+    forward = partial(_forward, read=partial(_with_token_count, loss), layout=layout)
+    return _reduce(_run_schedule(model, microbatches, forward, forward_only=False), layout)
+
+
+Reader = Callable[[MicroBatch, PolicyModel, Tensor, Layout], Tensor]
+
+
+def score(
+    model: PolicyModel, microbatches: Sequence[MicroBatch], read: Reader, layout: Layout
+) -> list[Tensor]:
+    """What `read` makes of each micro-batch's hidden states, [N] fp32, known to every stage of the replica."""
+    forward = partial(_forward, read=read, layout=layout)
+    with torch.no_grad():
+        found = _run_schedule(model, microbatches, forward, forward_only=True)
+    sizes = [len(microbatch.targets_N) for microbatch in microbatches]
+    flat = torch.cat(found).float() if layout.is_last_stage else torch.empty(sum(sizes), device=layout.device)
+    dist.broadcast(flat, src=layout.stage_rank(layout.pp_size - 1), group=layout.pp_group)
+    return list(flat.split(sizes))
+
+
+def update(optimizer: MegatronOptimizer) -> float:
+    """Clip, step, and return the gradient's global norm before clipping.
+
+    Raises FloatingPointError where the norm is not finite, before the step, which would destroy the weights.
+    """
+    optimizer.prepare_grads()
+    norm = float(optimizer.get_grad_norm())
+    if not math.isfinite(norm):
+        raise FloatingPointError(f"the gradient's norm is {norm}; lower optimizer.lr or inspect the batch")
+    optimizer.step()
+    return norm
+
+
+def _run_schedule(
+    model: DistributedDataParallel | PolicyModel,
+    microbatches: Sequence[MicroBatch],
+    forward: Callable[..., Any],
+    *,
+    forward_only: bool,
+) -> list[Any]:
+    """Megatron's schedule for the layout; returns what the last stage made of each micro-batch."""
+    results: list[Any] = get_forward_backward_func()(
         forward_step_func=forward,
         data_iterator=iter(microbatches),
         model=model,
         num_microbatches=len(microbatches),
         seq_length=microbatches[0].tokens_BS.shape[1],  # a hint: lengths travel with each micro-batch
         micro_batch_size=microbatches[0].tokens_BS.shape[0],
-        forward_only=False,
+        forward_only=forward_only,
+        collect_non_loss_data=forward_only,
     )
-    return _reduce(results, layout)
-
-
-def update(optimizer: MegatronOptimizer) -> float:
-    """Clip, step, and return the gradient's global norm before clipping.
-
-    Raises FloatingPointError where the norm is not finite: a step on NaNs would destroy the weights.
-    """
-    successful, norm, _ = optimizer.step()
-    norm = float(norm)
-    if not successful or not torch.isfinite(torch.tensor(norm)):
-        raise FloatingPointError(f"the gradient's norm is {norm}; lower optimizer.lr or inspect the batch")
-    return norm
-
-
-def token_logprobs_of(
-    microbatch: MicroBatch, hidden_SBH: Tensor, model: PolicyModel, objective: Objective, layout: Layout
-) -> tuple[Tensor, Tensor]:
-    """Log-probability and entropy [N] fp32 of the micro-batch's response tokens (last stage only)."""
-    return token_logprobs(
-        hidden_SBH[microbatch.query_positions_N, microbatch.rows_N],
-        model.output_weight(),
-        microbatch.targets_N,
-        temperature=objective.temperature,
-        group=layout.tp_group if layout.tp_size > 1 else None,
-        vocab_start=layout.tp_rank * model.output_weight().shape[0],
-        vocab_size=objective.vocab_size,
-    )
+    return results
 
 
 def _forward(
-    batches: Iterator[MicroBatch], model: Any, objective: Objective, layout: Layout
+    batches: Iterator[MicroBatch], model: Any, read: Callable[..., Any], layout: Layout
 ) -> tuple[Tensor, Any]:
-    microbatch = next(batches)
+    microbatch = next(batches).to(layout.device)
     hidden = model(microbatch.tokens_BS, microbatch.positions_1S, None)
     policy = model.module if isinstance(model, DistributedDataParallel) else model
-    return hidden, partial(_loss, microbatch, policy, objective, layout)
+
+    def of_hidden(hidden_SBH: Tensor, non_loss_data: bool = False) -> Any:
+        return read(microbatch, policy, hidden_SBH, layout)
+
+    return hidden, of_hidden
 
 
-def _loss(
-    microbatch: MicroBatch, model: PolicyModel, objective: Objective, layout: Layout, hidden_SBH: Tensor
+def _with_token_count(
+    loss: Loss, microbatch: MicroBatch, model: PolicyModel, hidden_SBH: Tensor, layout: Layout
 ) -> tuple[Tensor, Tensor, Metrics]:
-    logp_N, entropy_N = token_logprobs_of(microbatch, hidden_SBH, model, objective, layout)
-    logp_BT = microbatch.to_response_grid(logp_N)
-    batch = TokenBatch(
-        logp=logp_BT,
-        old_logp=logp_BT.detach(),  # one update a batch of rollouts: the old policy is the current one
-        rollout_logp=microbatch.rollout_logp_BT,
-        mask=microbatch.mask_BT,
-        reward=microbatch.reward_B,
-        group=microbatch.group_B,
-        source=microbatch.source_B,
-        advantage=microbatch.advantage_B[:, None].expand_as(microbatch.mask_BT),
-        weight=microbatch.weight_B,
-        entropy=microbatch.to_response_grid(entropy_N),
-    )
-    out = objective.estimator(batch, denominator=objective.denominator)
-    loss = out.loss
-    if not hidden_SBH.requires_grad or not len(logp_N):  # an inert micro-batch still runs the backward
-        loss = loss + hidden_SBH.sum() * 0.0
-    metrics = _token_metrics(microbatch, logp_N.detach(), entropy_N.detach())
-    metrics["sum/loss"] = float(out.loss)
-    metrics.update({f"objective/{name}": value for name, value in out.metrics.items()})
-    return loss, torch.ones((), dtype=torch.int), metrics
+    """The three-part form that leaves the normalisation to the loss."""
+    value, metrics = loss(microbatch, model, hidden_SBH, layout)
+    return value, torch.ones((), dtype=torch.int), metrics
 
 
 def _token_metrics(microbatch: MicroBatch, logp_N: Tensor, entropy_N: Tensor) -> Metrics:
@@ -132,7 +190,7 @@ def _token_metrics(microbatch: MicroBatch, logp_N: Tensor, entropy_N: Tensor) ->
 def _reduce(results: Sequence[Metrics], layout: Layout) -> Metrics:
     """Combine the last stage's micro-batch metrics over micro-batches and data-parallel ranks, everywhere.
 
-    `sum/` metrics add, `max/` take the maximum, `objective/` ones are averaged over micro-batches.
+    `sum/` metrics add, `max/` take the maximum, `mean/` ones are averaged over tokens.
     """
     local = list(results) if layout.is_last_stage else None
     box: list[Any] = [layout.gather_over_data(local) if layout.is_last_stage else None]
@@ -140,11 +198,13 @@ def _reduce(results: Sequence[Metrics], layout: Layout) -> Metrics:
     everyone = [metrics for rank in box[0] for metrics in rank]
     combined: Metrics = {}
     for name in dict.fromkeys(name for metrics in everyone for name in metrics):
-        values = [metrics[name] for metrics in everyone if name in metrics]
+        having = [metrics for metrics in everyone if name in metrics]
+        values = [metrics[name] for metrics in having]
         if name.startswith("max/"):
             combined[name] = max(values)
         elif name.startswith("sum/"):
             combined[name] = sum(values)
         else:
-            combined[name] = sum(values) / len(values)
+            tokens = [metrics["sum/tokens"] for metrics in having]
+            combined[name] = sum(map(operator.mul, values, tokens)) / max(1.0, sum(tokens))
     return combined

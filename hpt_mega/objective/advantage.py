@@ -11,8 +11,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from hpt_mega.objective import value
 from hpt_mega.objective.batch import TokenBatch
 from hpt_mega.objective.options import Options
+from hpt_mega.objective.regularizer import kl_penalty, penalises_reward
 
 # (reward [N], group [N], own [N] bool: the sequences this half of the row trains on, options) -> [N]
 SequenceAdvantage = Callable[[Tensor, Tensor, Tensor, Options], Tensor]
@@ -57,6 +59,11 @@ def joint_group_norm(reward: Tensor, group: Tensor, own: Tensor, options: Option
     return group_norm(reward, group, torch.ones_like(own), options)
 
 
+def joint_group_mean(reward: Tensor, group: Tensor, own: Tensor, options: Options) -> Tensor:
+    """group_mean over rollouts and demonstrations together (LUFFY's own runs leave the std out)."""
+    return group_mean(reward, group, torch.ones_like(own), options)
+
+
 def leave_one_out(reward: Tensor, group: Tensor, own: Tensor, options: Options) -> Tensor:
     """A = R - mean of the other sequences of the group (RLOO, arXiv 2402.14740)."""
     groups = _Groups(reward, group, own)
@@ -69,23 +76,11 @@ def batch_norm(reward: Tensor, group: Tensor, own: Tensor, options: Options) -> 
 
 
 def gae(batch: TokenBatch, options: Options) -> Tensor:
-    """Generalised advantage estimation (arXiv 1506.02438); the reward arrives at the last masked token.
-
-    A_t = sum_k (gamma lambda)^k delta_{t+k}, delta_t = r_t + gamma V_{t+1} - V_t, over masked tokens only.
-    """
-    values = batch.require("values", "advantage 'gae'").detach()
-    pending = batch.require("reward", "advantage 'gae'").clone()
-    advantage = torch.zeros_like(values)
-    running, next_value = torch.zeros_like(pending), torch.zeros_like(pending)
-    for t in reversed(range(values.shape[1])):
-        here = batch.mask[:, t]
-        delta = pending + options.gae_gamma * next_value - values[:, t]
-        step = delta + options.gae_gamma * options.gae_lambda * running
-        running = torch.where(here, step, running)
-        next_value = torch.where(here, values[:, t], next_value)
-        pending = torch.where(here, 0.0, pending)
-        advantage[:, t] = running
-    return advantage * batch.mask
+    """Generalised advantage estimation (value.py); a KL penalty in the reward falls on its own token."""
+    values = batch.require("values", "advantage 'gae'")
+    reward = batch.require("reward", "advantage 'gae'")
+    penalty = kl_penalty(batch, options) if penalises_reward(options) else None
+    return value.gae(reward, values, batch.mask, options.gae_gamma, options.gae_lambda, penalty)[0]
 
 
 def preference(batch: TokenBatch, options: Options) -> Tensor:
@@ -119,13 +114,13 @@ class _Groups:
         highest = self._reduce(torch.where(own, reward, -infinity), "amax")
         self.equal = lowest >= highest  # also a group of size 1, and one without own members
 
-    def sum(self, value: Tensor) -> Tensor:
+    def sum(self, x: Tensor) -> Tensor:
         """[N]: the sum over own members of each sequence's group."""
-        total = value.new_zeros(self._count).index_add_(0, self._index, torch.where(self._own, value, 0.0))
+        total = x.new_zeros(self._count).index_add_(0, self._index, torch.where(self._own, x, 0.0))
         return total[self._index]
 
-    def _reduce(self, value: Tensor, how: str) -> Tensor:
-        result = value.new_zeros(self._count).scatter_reduce_(0, self._index, value, how, include_self=False)
+    def _reduce(self, x: Tensor, how: str) -> Tensor:
+        result = x.new_zeros(self._count).scatter_reduce_(0, self._index, x, how, include_self=False)
         return result[self._index]
 
 
@@ -150,6 +145,7 @@ SEQUENCE_ADVANTAGES: dict[str, SequenceAdvantage] = {
     "reward": reward_itself,
     "group_mean": group_mean,
     "group_norm": group_norm,
+    "joint_group_mean": joint_group_mean,
     "joint_group_norm": joint_group_norm,
     "leave_one_out": leave_one_out,
     "batch_norm": batch_norm,
@@ -168,5 +164,7 @@ def advantage_of(name: str, batch: TokenBatch, own: Tensor, options: Options) ->
     nothing = torch.zeros(len(batch), dtype=torch.long, device=batch.logp.device)
     why = f"advantage '{name}'"
     reward = nothing.to(batch.logp.dtype) if name == "one" else batch.require("reward", why)
+    if name != "one" and penalises_reward(options):
+        reward = reward - kl_penalty(batch, options).sum(1)
     group = nothing if name in _WITHOUT_GROUP else batch.require("group", why)
     return SEQUENCE_ADVANTAGES[name](reward, group, own, options)[:, None].expand_as(batch.logp)

@@ -15,7 +15,7 @@ from hpt_mega.objective.estimator import Estimator, Row
 from hpt_mega.objective.likelihood import LIKELIHOODS
 from hpt_mega.objective.options import Options
 from hpt_mega.objective.reference import REFERENCES
-from hpt_mega.objective.regularizer import KL_FORMS
+from hpt_mega.objective.regularizer import KL_FORMS, PLACES
 from hpt_mega.objective.stabilizer import STABILIZERS
 from hpt_mega.objective.surrogate import Parts
 
@@ -100,7 +100,7 @@ _ROWS = (
         "gspo",
         paper="GSPO, arXiv 2507.18071",
         formula=f"1[s not clipped] · s · A · ∇log π,  s = (π(τ)/π_old(τ))^(1/|τ|),  {_GROUP_NORM}",
-        parts=Parts("group_norm", "sequence", "clip"),
+        parts=Parts("group_norm", "sequence", "sequence_clip"),
         aggregation="sequence_mean",
         options=Options(clip_low=3e-4, clip_high=4e-4),
     ),
@@ -110,6 +110,16 @@ _ROWS = (
         formula=f"online: {_CLIPPED};  offline: A · ∇π;  {_GROUP_NORM} over rollouts and demonstration",
         parts=Parts("joint_group_norm", "old", "clip"),
         offline=Parts("joint_group_norm", "one"),
+        aggregation="token_mean",
+    ),
+    Row(
+        "srft_entropy",
+        paper="SRFT with its entropy weights, arXiv 2506.19767",
+        formula="online: ±1 · w · ∇log π,  w = entropy_rl · exp(H) where R > 0, else 1;  "
+        f"offline: A · ∇π + entropy_sft · exp(-H) · ∇log π;  {_GROUP_NORM} over both",
+        parts=Parts("sign", "current", "entropy_rl"),
+        offline=Parts("joint_group_norm", "one"),
+        imitation=Parts("one", "current", "entropy_sft"),
         aggregation="token_mean",
     ),
     Row(
@@ -185,8 +195,8 @@ def _with_option(row: Row, key: str, value: Any) -> Row:
 
 
 def _checked_number(key: str, value: Any) -> Any:
-    if key == "kl_form":
-        return _known(key, value, KL_FORMS)
+    if key in (named := {"kl_form": KL_FORMS, "kl_in": PLACES}):
+        return _known(key, value, named[key])
     if key == "length" and value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):

@@ -16,7 +16,7 @@ from hpt_mega.objective.aggregation import AGGREGATIONS
 from hpt_mega.objective.batch import TokenBatch
 from hpt_mega.objective.metrics import diagnose
 from hpt_mega.objective.options import Options
-from hpt_mega.objective.regularizer import regularizer
+from hpt_mega.objective.regularizer import kl_penalty, penalises_reward, regularizer
 from hpt_mega.objective.surrogate import Parts, surrogate
 from hpt_mega.trajectory import Source
 
@@ -31,6 +31,7 @@ class Row:
     parts: Parts  # for rollouts; for every sequence where any_source
     aggregation: str
     offline: Parts | None = None  # for demonstrations
+    imitation: Parts | None = None  # a second term for demonstrations, beside `offline`
     any_source: bool = False
     options: Options = field(default_factory=Options)
 
@@ -74,9 +75,12 @@ class Estimator:
                 surrogate(parts, own, batch, options) for parts, own in self._halves(batch.offline)
             ]
             whole = sum(rest, first)
+            token_loss = whole.loss + regularizer(batch, options)
+            if self.row.imitation is not None:
+                token_loss = token_loss + self._imitate(self.row.imitation, batch)
             scale, _ = AGGREGATIONS[self.row.aggregation](batch, options)
             weight = scale * batch.require("weight", "the loss")[:, None] * batch.mask
-            loss_sum = (weight * (whole.loss + regularizer(batch, options))).sum()
+            loss_sum = (weight * token_loss).sum()
             (token_weight,) = torch.autograd.grad(loss_sum, batch.logp, retain_graph=True)
         metrics = diagnose(batch, whole, token_weight)
         return Output(loss_sum / denominator, loss_sum, float(denominator), token_weight, metrics)
@@ -88,16 +92,48 @@ class Estimator:
     @property
     def advantage_per_sequence(self) -> bool:
         """Whether `advantages` can tell the advantage before the batch is built (not for GAE and DPO)."""
-        halves = (self.row.parts, self.row.offline)
-        return all(parts is None or parts.advantage in SEQUENCE_ADVANTAGES for parts in halves)
+        return self._advantage_names <= SEQUENCE_ADVANTAGES.keys()
 
-    def advantages(self, reward: Tensor, group: Tensor, source: Tensor | None = None) -> Tensor:
+    @property
+    def trains_on_pairs(self) -> bool:
+        """Whether a batch consists of pairs (TokenBatch.pair)."""
+        return "preference" in self._advantage_names
+
+    @property
+    def needs_reference_model(self) -> bool:
+        """Whether TokenBatch.ref_logp has to be given."""
+        return self.trains_on_pairs or self.row.options.kl_coef != 0
+
+    @property
+    def needs_values(self) -> bool:
+        """Whether TokenBatch.values have to be given."""
+        return "gae" in self._advantage_names
+
+    @property
+    def _advantage_names(self) -> set[str]:
+        return {parts.advantage for parts in (self.row.parts, self.row.offline) if parts is not None}
+
+    def kl_penalty(self, batch: TokenBatch) -> Tensor:
+        """[B, T] what the KL to the reference model takes from each token's reward; 0 unless kl_in=reward.
+
+        Raises ValueError where it is needed and ref_logp is not given.
+        """
+        if not penalises_reward(self.row.options):
+            return torch.zeros_like(batch.logp).detach()
+        return kl_penalty(batch, self.row.options)
+
+    def advantages(
+        self, reward: Tensor, group: Tensor, source: Tensor | None = None, kl: Tensor | None = None
+    ) -> Tensor:
         """Advantage [N] of every sequence of a step, to be taken before it is split into micro-batches.
 
-        reward [N], group [N] int, source [N] int (default: all online). Each value, repeated over the
-        tokens, is a row of TokenBatch.advantage. Raises ValueError where a row's advantage is not one
-        number a sequence.
+        reward [N], group [N] int, source [N] int (default: all online), kl [N] the sums of kl_penalty over
+        tokens, with kl_in=reward. Each value, repeated over the tokens, is a row of TokenBatch.advantage.
+        Raises ValueError where a row's advantage is not one number a sequence, for NaN, and for a missing kl.
         """
+        if kl is None and penalises_reward(self.row.options):
+            raise ValueError("kl_in 'reward' needs kl, the sums of Estimator.kl_penalty over the tokens")
+        reward = reward if kl is None else reward - kl
         reward = reward.to(torch.promote_types(reward.dtype, torch.float32))
         if not bool(reward.isfinite().all()):
             raise ValueError("reward holds NaN or infinity; expected finite numbers")
@@ -114,9 +150,18 @@ class Estimator:
         return advantage
 
     def trains_on(self, advantage: float, weight: float = 1.0) -> bool:
-        """Whether such a sequence has a gradient at all; KL and entropy pull even at advantage 0."""
+        """Whether such a sequence may have a gradient; KL, entropy and imitation pull even at advantage 0."""
         options = self.row.options
-        return weight != 0 and (advantage != 0 or options.kl_coef != 0 or options.entropy_coef != 0)
+        pulls_always = (
+            self.row.imitation is not None
+            or (options.kl_coef != 0 and options.kl_in == "loss")
+            or options.entropy_coef != 0
+        )
+        return weight != 0 and (advantage != 0 or pulls_always)
+
+    def _imitate(self, parts: Parts, batch: TokenBatch) -> Tensor:
+        """[B, T] the demonstrations' second term; an advantage given to the batch is not its own."""
+        return surrogate(parts, batch.offline, replace(batch, advantage=None), self.row.options).loss
 
     def _halves(self, offline: Tensor) -> Iterator[tuple[Parts, Tensor]]:
         """The row's four parts and the sequences [B] bool they apply to, for rollouts and demonstrations."""

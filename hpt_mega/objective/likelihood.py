@@ -24,9 +24,25 @@ def shaped(ratio: Tensor, options: Options) -> Tensor:
     return ratio / (ratio + options.shaping_gamma)
 
 
+def square_root(ratio: Tensor, options: Options) -> Tensor:
+    """f(x) = √x."""
+    return ratio.sqrt()
+
+
+def log(ratio: Tensor, options: Options) -> Tensor:
+    """f(x) = log x: the gradient is ∇log π_θ whatever π_ref is."""
+    return ratio.log()
+
+
 def power(ratio: Tensor, options: Options) -> Tensor:
     """f(x) = x ** shaping_power."""
     return ratio.pow(options.shaping_power)
 
 
-LIKELIHOODS: dict[str, Likelihood] = {"identity": identity, "shaped": shaped, "power": power}
+LIKELIHOODS: dict[str, Likelihood] = {
+    "identity": identity,
+    "shaped": shaped,
+    "square_root": square_root,
+    "log": log,
+    "power": power,
+}

@@ -6,6 +6,7 @@ estimator.py.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 _ROWS_AT_ONCE = 4096  # of the weight gradient, so that a bf16 product is widened while it is in cache
+_BLOCK = {"cpu": 2**20}  # logits a softmax works on at once: they stay in cache between its passes
+_BLOCK_ELSEWHERE = 2**25  # where launching a kernel costs more than memory
 _LOWEST = -1e30  # stands in for the maximum over no columns; finite, so differences stay finite
 
 
@@ -23,7 +26,7 @@ def token_logprobs(
     targets_N: Tensor,
     *,
     temperature: float = 1.0,
-    chunk_tokens: int = 256,
+    chunk_tokens: int = 1024,
     group: dist.ProcessGroup | None = None,
     vocab_start: int = 0,
     vocab_size: int | None = None,
@@ -38,12 +41,12 @@ def token_logprobs(
 
     Returns (logp_N, entropy_N): [N] fp32 (fp64 for fp64 input), equal on every rank, both differentiable.
 
-    The products run in the dtype of `hidden`, the softmax in fp32. Memory beyond inputs, outputs and
-    gradients is two or three buffers of [chunk_tokens, V]; the backward pass recomputes the logits (one
-    product forward, three backward). Gradients: `weight` gets this rank's rows, accumulated over chunks in
-    fp32; `hidden` gets the whole gradient, always all-reduced over `group` here. Under sequence parallelism
-    gather the hidden states first with an operation whose backward splits instead of reduce-scatters, or
-    the gradient is summed twice.
+    The products run in the dtype of `hidden`, the softmax in fp32 over a few tokens at a time. Memory beyond
+    inputs, outputs and gradients is one buffer of [chunk_tokens, V] and, below fp32, the weight gradient in
+    fp32; the backward pass recomputes the logits (one product forward, three backward). Gradients: `weight`
+    gets this rank's rows, accumulated over chunks in fp32; `hidden` gets the whole gradient, always
+    all-reduced over `group` here. Under sequence parallelism gather the hidden states first with an
+    operation whose backward splits instead of reduce-scatters, or the gradient is summed twice.
 
     Raises ValueError for shapes, dtypes or a temperature that do not fit.
     """
@@ -77,30 +80,35 @@ class _Shard:
 
 
 class _Logits:
-    """Scaled logits of one chunk at a time, in buffers that are allocated once."""
+    """The logits of one chunk at a time, widened for the softmax a block of rows at a time."""
 
     def __init__(self, hidden_NH: Tensor, weight_VH: Tensor, shard: _Shard) -> None:
-        size = (min(shard.chunk_tokens, hidden_NH.shape[0]), shard.rows)
         self.hidden, self.weight, self.scale = hidden_NH, weight_VH, shard.inverse_temperature
-        self.product = hidden_NH.new_empty(size)
-        self.wide = self.product.dtype == _softmax_dtype(hidden_NH)
-        self.logits = self.product if self.wide else self.product.new_empty(size, dtype=torch.float32)
-        self.scratch = torch.empty_like(self.logits)
+        self.product = hidden_NH.new_empty(min(shard.chunk_tokens, hidden_NH.shape[0]), shard.rows)
+        dtype = _softmax_dtype(hidden_NH)
+        block = _BLOCK.get(hidden_NH.device.type, _BLOCK_ELSEWHERE)
+        self.rows = max(1, min(block // max(shard.rows, 1), len(self.product)))
+        self.scratch = torch.empty(self.rows, shard.rows, dtype=dtype, device=hidden_NH.device)
+        self.wide = None if self.product.dtype == dtype else torch.empty_like(self.scratch)
 
-    def __call__(self, chunk: slice) -> tuple[Tensor, Tensor]:
-        """(logits [C, V], scratch [C, V]), both in the dtype of the softmax and free to be overwritten."""
-        tokens = chunk.stop - chunk.start
-        product, logits = self.product[:tokens], self.logits[:tokens]
-        torch.mm(self.hidden[chunk], self.weight.t(), out=product)
-        if not self.wide:
-            logits.copy_(product)
-        if self.scale != 1.0:
-            logits.mul_(self.scale)
-        return logits, self.scratch[:tokens]
+    def blocks(self, chunk: slice) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """(tokens, scaled logits [R, V], scratch [R, V]) by block, both free to be overwritten."""
+        torch.mm(self.hidden[chunk], self.weight.t(), out=self.product[: chunk.stop - chunk.start])
+        for start in range(chunk.start, chunk.stop, self.rows):
+            tokens = slice(start, min(start + self.rows, chunk.stop))
+            logits = self._product(tokens, chunk)
+            if self.wide is not None:
+                logits = self.wide[: tokens.stop - start].copy_(logits)
+            if self.scale != 1.0:
+                logits.mul_(self.scale)
+            yield tokens, logits, self.scratch[: tokens.stop - start]
 
-    def narrow(self, gradient_CV: Tensor) -> Tensor:
-        """The gradient of the logits in the dtype of the products."""
-        return gradient_CV if self.wide else self.product[: gradient_CV.shape[0]].copy_(gradient_CV)
+    def replace(self, tokens: slice, chunk: slice, gradient_RV: Tensor) -> None:
+        """Put the gradient of a block's logits, in the dtype of the products, in the logits' place."""
+        self._product(tokens, chunk).copy_(gradient_RV)
+
+    def _product(self, tokens: slice, chunk: slice) -> Tensor:
+        return self.product[tokens.start - chunk.start : tokens.stop - chunk.start]
 
 
 class _TokenLogprobs(torch.autograd.Function):
@@ -131,17 +139,18 @@ class _TokenLogprobs(torch.autograd.Function):
         column_N, here_N = shard.local_targets(targets_N)
         logits = _Logits(hidden_NH, rows_VH, shard)
         for chunk in shard.chunks(hidden_NH.shape[0]) if shard.rows else []:
-            logp_CV, grad_CV = logits(chunk)
-            logp_CV.sub_(log_normaliser_N[chunk, None])
-            torch.exp(logp_CV, out=grad_CV)
-            up = grad_logp_N[chunk, None] * shard.inverse_temperature
-            if grad_entropy_N is None:
-                grad_CV.mul_(-up)
-            else:
-                slope = grad_entropy_N[chunk, None] * -shard.inverse_temperature
-                grad_CV.mul_(logp_CV.add_(entropy_N[chunk, None]).mul_(slope).sub_(up))
-            grad_CV.scatter_add_(1, column_N[chunk, None], up * here_N[chunk, None])
-            narrow_CV = logits.narrow(grad_CV)
+            for tokens, logp_RV, grad_RV in logits.blocks(chunk):
+                logp_RV.sub_(log_normaliser_N[tokens, None])
+                torch.exp(logp_RV, out=grad_RV)
+                up = grad_logp_N[tokens, None] * shard.inverse_temperature
+                if grad_entropy_N is None:
+                    grad_RV.mul_(-up)
+                else:
+                    slope = grad_entropy_N[tokens, None] * -shard.inverse_temperature
+                    grad_RV.mul_(logp_RV.add_(entropy_N[tokens, None]).mul_(slope).sub_(up))
+                grad_RV.scatter_add_(1, column_N[tokens, None], up * here_N[tokens, None])
+                logits.replace(tokens, chunk, grad_RV)
+            narrow_CV = logits.product[: chunk.stop - chunk.start]
             if grad_hidden_NH is not None:
                 torch.mm(narrow_CV, rows_VH, out=grad_hidden_NH[chunk])
             if grad_weight_VH is not None:
@@ -163,12 +172,12 @@ def _statistics(
     column_N, here_N = shard.local_targets(targets_N)
     logits = _Logits(hidden_NH, weight_VH[: shard.rows], shard)
     for chunk in shard.chunks(tokens) if shard.rows else []:
-        z_CV, exp_CV = logits(chunk)
-        sums_3N[2, chunk] = z_CV.gather(1, column_N[chunk, None])[:, 0] * here_N[chunk]
-        torch.amax(z_CV, dim=1, out=maximum_N[chunk])
-        torch.exp(z_CV.sub_(maximum_N[chunk, None]), out=exp_CV)
-        torch.sum(exp_CV, dim=1, out=sums_3N[0, chunk])
-        torch.sum(exp_CV.mul_(z_CV), dim=1, out=sums_3N[1, chunk])
+        for block, z_RV, exp_RV in logits.blocks(chunk):
+            sums_3N[2, block] = z_RV.gather(1, column_N[block, None])[:, 0] * here_N[block]
+            torch.amax(z_RV, dim=1, out=maximum_N[block])
+            torch.exp(z_RV.sub_(maximum_N[block, None]), out=exp_RV)
+            torch.sum(exp_RV, dim=1, out=sums_3N[0, block])
+            torch.sum(exp_RV.mul_(z_RV), dim=1, out=sums_3N[1, block])
     if shard.group is not None:
         local_N = maximum_N.clone()
         dist.all_reduce(maximum_N, op=dist.ReduceOp.MAX, group=shard.group)

@@ -18,7 +18,8 @@ def diagnose(batch: TokenBatch, parts: Surrogate, token_weight: Tensor) -> dict[
     """Metrics by name.
 
     tokens, sequences: counts. nll: -log π_θ. masked_fraction: tokens whose stabilizer is 0.
-    ratio_mean, ratio_max: π_θ / π_ref. effective_sample_size: (Σ r)² / (n Σ r²), 1 when all ratios agree.
+    ratio_mean, ratio_max, ratio_p05 (50, 95, 99): mean, maximum and quantiles of π_θ / π_ref.
+    effective_sample_size: (Σ r)² / (n Σ r²), 1 when all ratios agree.
     offline_token_fraction, offline_gradient_share: demonstrations' part of the tokens and of
     Σ |d loss / d logp|. entropy, engine_gap = |log π_old - log π_engine| and kl (k3, to the reference model)
     only where their fields are given.
@@ -36,6 +37,7 @@ def diagnose(batch: TokenBatch, parts: Surrogate, token_weight: Tensor) -> dict[
         "masked_fraction": (parts.multiplier[mask] == 0).double().mean(),
         "ratio_mean": log_ratio.exp().mean(),
         "ratio_max": log_ratio.exp().max(),
+        **_quantiles(log_ratio),
         "effective_sample_size": spread.exp() / count,
         "advantage_mean": advantage.mean(),
         "advantage_std": advantage.std(correction=0),
@@ -53,3 +55,10 @@ def diagnose(batch: TokenBatch, parts: Surrogate, token_weight: Tensor) -> dict[
         found["kl"] = (delta.exp() - delta - 1).mean()
     values = torch.stack([value.double() for value in found.values()]).tolist()
     return {"tokens": float(count), "sequences": float(len(batch)), **dict(zip(found, values, strict=True))}
+
+
+def _quantiles(log_ratio: Tensor) -> dict[str, Tensor]:
+    """Quantiles of the ratio, each that of a token (torch.quantile refuses 2^24 tokens and more)."""
+    ordered = log_ratio.sort().values
+    last = len(ordered) - 1
+    return {f"ratio_p{percent:02d}": ordered[last * percent // 100].exp() for percent in (5, 50, 95, 99)}

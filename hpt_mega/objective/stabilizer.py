@@ -1,6 +1,7 @@
 """Part 2 of the estimator: the stabilization mask m [B, T], detached, that multiplies the advantage.
 
 A row names one function, or several joined by "+", whose product is taken ("clip+truncated_token").
+Corrections of the trainer/engine gap: truncated_, masked_ or reject_ with token, sequence or geometric.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from hpt_mega.objective.batch import TokenBatch
 from hpt_mega.objective.options import Options
-from hpt_mega.objective.reference import LOG_RATIO_LIMIT
+from hpt_mega.objective.reference import LOG_RATIO_LIMIT, sequence
 
 # (log(π_θ / π_ref) [B, T], advantage [B, T], batch, options) -> m [B, T]
 Stabilizer = Callable[[Tensor, Tensor, TokenBatch, Options], Tensor]
@@ -25,10 +26,7 @@ def none(log_ratio: Tensor, advantage: Tensor, batch: TokenBatch, options: Optio
 
 
 def clip(log_ratio: Tensor, advantage: Tensor, batch: TokenBatch, options: Options) -> Tensor:
-    """0 where min(r A, clip(r, 1 - low, 1 + high) A) is its clipped branch (PPO; DAPO with high > low).
-
-    With reference 'sequence' r is GSPO's sequence ratio, and whole sequences are clipped.
-    """
+    """0 where min(r A, clip(r, 1 - low, 1 + high) A) is its clipped branch (PPO; DAPO with high > low)."""
     ratio = log_ratio.exp()
     too_high = (advantage > 0) & (ratio > 1 + options.clip_high)
     too_low = (advantage < 0) & (ratio < 1 - options.clip_low)
@@ -47,57 +45,90 @@ def cis_mask(log_ratio: Tensor, advantage: Tensor, batch: TokenBatch, options: O
     return (log_ratio.clamp(low, math.log1p(options.clip_high)) - log_ratio).exp()
 
 
-def truncated_token(log_ratio: Tensor, advantage: Tensor, batch: TokenBatch, options: Options) -> Tensor:
-    """min(w, correction_high) with w = π_old / π_engine of the token (truncated importance sampling)."""
-    return _engine_gap(batch).exp().clamp(max=options.correction_high)
+def sequence_clip(log_ratio: Tensor, advantage: Tensor, batch: TokenBatch, options: Options) -> Tensor:
+    """clip of s = (π_θ(τ) / π_old(τ))^(1/|τ|): whole sequences are masked (GSPO, arXiv 2507.18071)."""
+    return clip(sequence(batch), advantage, batch, options)
 
 
-def masked_token(log_ratio: Tensor, advantage: Tensor, batch: TokenBatch, options: Options) -> Tensor:
-    """w where it lies in [correction_low, correction_high], else 0 (masked importance sampling)."""
-    return _keep_inside(_engine_gap(batch), options)
+def entropy_sft(log_ratio: Tensor, advantage: Tensor, batch: TokenBatch, options: Options) -> Tensor:
+    """entropy_sft · exp(-H), H the sequence's mean entropy: imitate where sure (SRFT, 2506.19767)."""
+    return options.entropy_sft * torch.exp(-_mean_entropy(batch))[:, None].expand_as(log_ratio)
 
 
-def truncated_sequence(log_ratio: Tensor, advantage: Tensor, batch: TokenBatch, options: Options) -> Tensor:
-    """min(w(τ), correction_high) with w(τ) the product of w over the sequence."""
-    return _over_sequence(batch, mean=False).exp().clamp(max=options.correction_high)
+def entropy_rl(log_ratio: Tensor, advantage: Tensor, batch: TokenBatch, options: Options) -> Tensor:
+    """entropy_rl · exp(H) where A > 0, else 1: reinforce success where unsure (SRFT, arXiv 2506.19767)."""
+    weight = options.entropy_rl * torch.exp(_mean_entropy(batch).clamp(max=LOG_RATIO_LIMIT))
+    return torch.where(advantage > 0, weight[:, None], 1.0)
 
 
-def masked_sequence(log_ratio: Tensor, advantage: Tensor, batch: TokenBatch, options: Options) -> Tensor:
-    """w(τ) where it lies in [correction_low, correction_high], else 0."""
-    return _keep_inside(_over_sequence(batch, mean=False), options)
+def _mean_entropy(batch: TokenBatch) -> Tensor:
+    entropy = batch.require("entropy", "a weight by entropy").detach()
+    return entropy.sum(1) / batch.lengths.clamp(min=1)
 
 
-def masked_geometric(log_ratio: Tensor, advantage: Tensor, batch: TokenBatch, options: Options) -> Tensor:
-    """1 where the geometric mean of w over the sequence lies in the interval, else 0: it is rejected."""
-    return (_keep_inside(_over_sequence(batch, mean=True), options) > 0).to(log_ratio.dtype)
+def _truncated(log_weight: Tensor, options: Options) -> Tensor:
+    """min(w, correction_high): truncated importance sampling."""
+    return log_weight.exp().clamp(max=options.correction_high)
+
+
+def _masked(log_weight: Tensor, options: Options) -> Tensor:
+    """w where it lies in [correction_low, correction_high], else 0: masked importance sampling."""
+    weight = log_weight.exp()
+    return weight * _inside(weight, options.correction_low, options.correction_high)
+
+
+def _reject(log_weight: Tensor, options: Options) -> Tensor:
+    """1 where w lies in [reject_low, reject_high], else 0: rejection without a weight."""
+    return _inside(log_weight.exp(), options.reject_low, options.reject_high).to(log_weight.dtype)
+
+
+def _inside(weight: Tensor, low: float, high: float) -> Tensor:
+    return (weight >= low) & (weight <= high)
+
+
+def _of_token(batch: TokenBatch) -> Tensor:
+    """w = π_old / π_engine of the token."""
+    return _engine_gap(batch).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+
+
+def _of_sequence(batch: TokenBatch) -> Tensor:
+    """w = the product of π_old / π_engine over the sequence."""
+    gap = _engine_gap(batch)
+    return gap.sum(1).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)[:, None].expand_as(gap)
+
+
+def _of_geometric(batch: TokenBatch) -> Tensor:
+    """w = the geometric mean of π_old / π_engine over the sequence."""
+    gap = _engine_gap(batch)
+    mean = gap.sum(1) / batch.lengths.clamp(min=1)
+    return mean.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)[:, None].expand_as(gap)
 
 
 def _engine_gap(batch: TokenBatch) -> Tensor:
     why = "a correction of the trainer/engine gap"
-    gap = batch.require("old_logp", why) - batch.require("rollout_logp", why)
-    return gap.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).detach()
+    return (batch.require("old_logp", why) - batch.require("rollout_logp", why)).detach()
 
 
-def _over_sequence(batch: TokenBatch, mean: bool) -> Tensor:
-    gap = _engine_gap(batch)
-    total = gap.sum(1) / batch.lengths.clamp(min=1) if mean else gap.sum(1)
-    return total.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)[:, None].expand_as(gap)
+def _correction(
+    rule: Callable[[Tensor, Options], Tensor], level: Callable[[TokenBatch], Tensor]
+) -> Stabilizer:
+    def correct(log_ratio: Tensor, advantage: Tensor, batch: TokenBatch, options: Options) -> Tensor:
+        return rule(level(batch), options)
+
+    correct.__doc__ = f"{rule.__doc__} {level.__doc__}"
+    return correct
 
 
-def _keep_inside(log_weight: Tensor, options: Options) -> Tensor:
-    weight = log_weight.exp()
-    outside = (weight < options.correction_low) | (weight > options.correction_high)
-    return weight.masked_fill(outside, 0.0)
-
+_RULES = {"truncated": _truncated, "masked": _masked, "reject": _reject}
+_LEVELS = {"token": _of_token, "sequence": _of_sequence, "geometric": _of_geometric}
 
 STABILIZERS: dict[str, Stabilizer] = {
     "none": none,
     "clip": clip,
     "dual_clip": dual_clip,
+    "sequence_clip": sequence_clip,
     "cis_mask": cis_mask,
-    "truncated_token": truncated_token,
-    "masked_token": masked_token,
-    "truncated_sequence": truncated_sequence,
-    "masked_sequence": masked_sequence,
-    "masked_geometric": masked_geometric,
+    "entropy_sft": entropy_sft,
+    "entropy_rl": entropy_rl,
+    **{f"{rule}_{level}": _correction(_RULES[rule], _LEVELS[level]) for rule in _RULES for level in _LEVELS},
 }

@@ -32,7 +32,9 @@ def sample_tokens(
 
 def _invert(probability_BV: Tensor, uniforms_B: Tensor) -> Tensor:
     cumulative_BV = probability_BV.cumsum(dim=-1, dtype=torch.float64)
-    threshold_B1 = uniforms_B[:, None] * cumulative_BV[:, -1:]
+    total_B1 = cumulative_BV[:, -1:]
+    below_B1 = torch.nextafter(total_B1, torch.zeros_like(total_B1))  # a draw next to 1 must not round to it
+    threshold_B1 = torch.minimum(uniforms_B[:, None] * total_B1, below_B1)
     tokens_B1 = torch.searchsorted(cumulative_BV, threshold_B1, right=True)
     return tokens_B1[:, 0].clamp_(max=probability_BV.shape[1] - 1)
 

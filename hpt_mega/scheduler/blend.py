@@ -6,7 +6,7 @@ The weights come from gate.py; what is computed from the trajectories lives in o
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -34,11 +34,14 @@ def schedule(
     questions: Sequence[Question],
     gate: Callable[[Tensor], tuple[Tensor, Tensor]],
     policy_version: int,
+    pairs: bool = False,
 ) -> Schedule:
     """Weigh the rollouts of each question by alpha(P), and add its demonstration with weight beta(P).
 
     trajectories: the rewarded rollouts of each question, in the order of `questions`. A weight of 0 leaves
     the trajectories out. Rollouts keep their order; a demonstration follows those of its question.
+    pairs: keep only the best and the worst of each question, as a pair; a question where all are alike has
+    none (DPO, arXiv 2305.18290).
 
     Raises ValueError, naming the question, where one has no rollouts or lacks a demonstration it needs.
     """
@@ -58,7 +61,21 @@ def schedule(
             blended += [rollout.with_weight(a) for rollout in rollouts]
         if b > 0:
             blended.append(demonstration(question, rollouts[0].group, policy_version, weight=b))
-    return Schedule(blended, pass_rate, alpha, beta)
+    return Schedule(best_and_worst(blended) if pairs else blended, pass_rate, alpha, beta)
+
+
+def best_and_worst(trajectories: Sequence[Trajectory]) -> list[Trajectory]:
+    """Of each question the first trajectory of the highest reward and the first of the lowest, as a pair."""
+    groups: dict[int, list[Trajectory]] = {}
+    for trajectory in trajectories:
+        groups.setdefault(trajectory.group, []).append(trajectory)
+    chosen: list[Trajectory] = []
+    for number, members in groups.items():
+        best = max(members, key=lambda t: t.reward)
+        worst = min(members, key=lambda t: t.reward)
+        if best.reward > worst.reward:
+            chosen += [replace(best, pair=number), replace(worst, pair=number)]
+    return chosen
 
 
 def demonstration(question: Question, group: int, policy_version: int, weight: float = 1.0) -> Trajectory:

@@ -5,6 +5,8 @@ No tests live here; test_layouts, test_optimizer, test_state and rollout/test_me
 
 from __future__ import annotations
 
+import os
+import socket
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,7 +129,7 @@ def config(
 
 
 def build_policy(folder: Path, cfg: Config, *, train: bool = True) -> Policy:
-    """Join the job and load the model; call hpt_mega.megatron.runtime.shutdown() when done with it."""
+    """Join the job and load the model; call leave_job() when done with it."""
     from hpt_mega.checkpoint.hf import HFCheckpoint
     from hpt_mega.checkpoint.weights import load_hf
     from hpt_mega.megatron import runtime
@@ -144,3 +146,20 @@ def build_policy(folder: Path, cfg: Config, *, train: bool = True) -> Policy:
     wrapped = wrap_data_parallel(model, cfg) if train else None
     optimizer = build_optimizer(wrapped, cfg) if train else None
     return Policy(cfg, layout, family, shape, model, wrapped, optimizer)
+
+
+def leave_job() -> None:
+    """Shut the job down and agree on a new port, so that the same processes can form the next one.
+
+    On the old port a fast rank would find the old job's store, just before that goes away.
+    """
+    from hpt_mega.megatron import runtime
+
+    box = [0]
+    if dist.get_rank() == 0:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            box = [probe.getsockname()[1]]
+    dist.broadcast_object_list(box, src=0)
+    runtime.shutdown()
+    os.environ["MASTER_PORT"] = str(box[0])

@@ -40,6 +40,7 @@ def tensors(seed: int, name: str, dtype: torch.dtype = torch.float64) -> dict[st
         "ref_logp": logp + 0.3 * normal(B, T),
         "rollout_logp": logp + 0.3 * normal(B, T),
         "values": normal(B, T),
+        "entropy": normal(B, T).abs(),
         "reward": torch.rand(B, dtype=dtype, generator=generator),
         "group": torch.tensor([3, 3, 3, 3, 3, 0, 0, 0, 0, 5, 5, 9]),
         "source": source,
@@ -230,7 +231,7 @@ def test_a_sequence_it_does_not_train_on_has_no_gradient(
     step = tensors(16, "grpo")
     step |= {"advantage": torch.full((B, T), advantage), "weight": torch.full((B,), weight)}
     entropy = torch.ones(B, T, dtype=torch.float64).requires_grad_()
-    out = algorithm("grpo", **options)(TokenBatch(**step, entropy=entropy))
+    out = algorithm("grpo", **options)(TokenBatch(**(step | {"entropy": entropy})))
     (pull,) = torch.autograd.grad(out.loss, entropy, allow_unused=True)
     moves = bool((out.token_weight != 0).any()) or (pull is not None and bool((pull != 0).any()))
     assert algorithm("grpo", **options).trains_on(advantage, weight) == moves
@@ -263,6 +264,7 @@ def test_metrics_tell_what_was_masked_and_who_pulled() -> None:
     assert metrics["masked_fraction"] == 0.25
     assert metrics["nll"] == pytest.approx(1.5)
     assert metrics["ratio_max"] == pytest.approx(e)
+    assert [metrics[f"ratio_p{p}"] for p in ("05", "50", "95", "99")] == [1, 1, 1, 1]  # of 1, 1, 1, e
     assert metrics["effective_sample_size"] == pytest.approx((3 + e) ** 2 / (4 * (3 + e**2)))
     assert metrics["offline_gradient_share"] == pytest.approx(2 / 3)
     assert metrics["engine_gap"] == pytest.approx(0.25)
@@ -276,11 +278,13 @@ def test_a_field_of_the_wrong_shape_is_named(field: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "field", ["logp", "old_logp", "ref_logp", "rollout_logp", "values", "reward", "weight"]
+    "field",
+    ["logp", "old_logp", "ref_logp", "rollout_logp", "values", "entropy", "advantage", "reward", "weight"],
 )
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_number_that_is_not_finite_names_its_field(field: str, value: float) -> None:
     step = tensors(14, "sft")
+    step["advantage"] = torch.ones(B, T, dtype=torch.float64)
     step[field][2, ...] = value
     with pytest.raises(ValueError, match=rf"TokenBatch\.{field} holds NaN or infinity"):
         TokenBatch(**step)
@@ -290,3 +294,25 @@ def test_a_number_that_is_not_finite_names_its_field(field: str, value: float) -
 def test_an_index_must_be_an_integer(field: str) -> None:
     with pytest.raises(ValueError, match=rf"TokenBatch\.{field} must hold integers"):
         TokenBatch(**(tensors(15, "sft") | {field: torch.zeros(B)}))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "options", [{"kl_coef": 0.2, "kl_in": "reward", "kl_form": "k1"}, {"entropy_coef": 0.1}]
+)
+def test_penalties_keep_empty_and_extreme_batches_finite(name: str, options: dict[str, Any]) -> None:
+    step = tensors(18, name, torch.float32)
+    step["mask"][:3] = False
+    step["old_logp"], step["ref_logp"] = torch.full((B, T), -1e4), torch.full((B, T), -1e-3)
+    out = algorithm(name, **options)(TokenBatch(**step))
+    assert out.loss.isfinite() and out.token_weight.isfinite().all()
+    assert (out.token_weight[:3] == 0).all()
+
+
+def test_quantiles_of_the_ratio_are_those_of_its_tokens() -> None:
+    ratio = torch.arange(1, 102, dtype=torch.float64)
+    logp = torch.zeros(1, 101, dtype=torch.float64)
+    batch = TokenBatch(logp=logp, mask=logp == 0, old_logp=-ratio.log()[None], advantage=torch.ones(1, 101))
+    metrics = algorithm("dapo")(batch).metrics
+    found = [metrics[f"ratio_p{p}"] for p in ("05", "50", "95", "99")]
+    assert found == pytest.approx([6, 51, 96, 100])

@@ -102,7 +102,12 @@ GAP = [[math.log(3.0), math.log(0.9)], [math.log(0.4), 0.0]]
         ("masked_token", [[0.0, 0.9], [0.0, 0.0]]),
         ("truncated_sequence", [[2.0, 2.0], [0.4, 0.0]]),
         ("masked_sequence", [[0.0, 0.0], [0.0, 0.0]]),
-        ("masked_geometric", [[1.0, 1.0], [0.0, 0.0]]),
+        ("truncated_geometric", [[2.7**0.5, 2.7**0.5], [0.4, 0.0]]),
+        ("masked_geometric", [[2.7**0.5, 2.7**0.5], [0.0, 0.0]]),
+        ("reject_token", [[0.0, 1.0], [0.0, 0.0]]),
+        ("reject_sequence", [[0.0, 0.0], [0.0, 0.0]]),
+        ("reject_geometric", [[1.0, 1.0], [0.0, 0.0]]),
+        ("truncated_token+reject_geometric", [[2.0, 0.9], [0.0, 0.0]]),
     ],
 )
 def test_engine_corrections_by_hand(name: str, expected: list[list[float]]) -> None:
@@ -122,3 +127,32 @@ def test_a_correction_without_the_engines_log_probabilities_says_so() -> None:
     batch = preference_batch([0, 0, 1, 1], [0.0, 1.0, 0.0, 1.0])
     with pytest.raises(ValueError, match=r"trainer/engine gap needs TokenBatch\.old_logp"):
         algorithm("reinforce", stabilizer="truncated_token")(batch)
+
+
+@pytest.mark.parametrize("level", ["token", "sequence", "geometric"])
+def test_engine_gaps_of_any_size_leave_the_gradient_finite(level: str) -> None:
+    logp = torch.full((2, 3), -1.0)
+    for gap in (1e4, -1e4):
+        batch = TokenBatch(
+            logp=logp, old_logp=logp, rollout_logp=logp + gap, mask=logp < 0, advantage=torch.ones(2, 3)
+        )
+        for rule in ("truncated", "masked", "reject"):
+            out = algorithm("dapo", stabilizer=f"clip+{rule}_{level}")(batch)
+            assert out.token_weight.isfinite().all() and out.loss.isfinite()
+
+
+def test_rejection_has_an_interval_of_its_own() -> None:
+    logp = torch.full((1, 2), -1.0)
+    batch = TokenBatch(
+        logp=logp, old_logp=logp, rollout_logp=logp - 0.1, mask=logp < 0, advantage=torch.ones(1, 2)
+    )
+    kept = algorithm("dapo", stabilizer="masked_token+reject_geometric")(batch)
+    dropped = algorithm("dapo", stabilizer="masked_token+reject_geometric", reject_high=1.001)(batch)
+    assert (kept.token_weight != 0).all() and (dropped.token_weight == 0).all()
+
+
+def test_luffy_without_a_standard_deviation_centres_on_the_joint_group() -> None:
+    reward = torch.tensor([1.0, 0.0, 0.0, 1.0], dtype=torch.float64)
+    group, source = torch.zeros(4, dtype=torch.long), torch.tensor([0, 0, 0, 1])
+    joint = {"advantage": "joint_group_mean", "offline_advantage": "joint_group_mean"}
+    assert algorithm("luffy", **joint).advantages(reward, group, source).tolist() == [0.5, -0.5, -0.5, 0.5]

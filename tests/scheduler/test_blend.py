@@ -62,3 +62,15 @@ def test_rollouts_and_questions_must_match() -> None:
 def test_a_step_without_questions_is_an_empty_schedule() -> None:
     step = schedule([], [], gate("switch"), 0)
     assert step.trajectories == [] and step.sft_fraction == 0 and step.alpha.dtype == torch.float64
+
+
+def test_pairs_are_the_best_and_the_worst_of_each_question_and_ties_have_none() -> None:
+    made = [rollouts(4, [0, 1, 0, 1]), rollouts(5, [1, 1]), rollouts(6, [0, 0])]
+    asked = [question("a"), question("b"), question("c")]
+    alone = schedule(made, asked, gate("switch", threshold=-1), 0, pairs=True).trajectories
+    assert [(t.response_tokens, t.reward, t.pair) for t in alone] == [((5, 2), 1, 4), ((4, 2), 0, 4)]
+    joined = schedule(made, asked, gate("soft", threshold=1), 0, pairs=True).trajectories
+    assert [(t.source, t.reward, t.pair) for t in joined[2:]] == [
+        (Source.OFFLINE, 1, 6),
+        (Source.ONLINE, 0, 6),
+    ]

@@ -8,13 +8,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from hpt_mega.resharding.mapping.deepseek import DEEPSEEK_V3
 from hpt_mega.resharding.mapping.llama import LLAMA
+from hpt_mega.resharding.mapping.mistral import MISTRAL
+from hpt_mega.resharding.mapping.mixtral import MIXTRAL
+from hpt_mega.resharding.mapping.qwen2 import QWEN2
+from hpt_mega.resharding.mapping.qwen3 import QWEN3, QWEN3_MOE
 from hpt_mega.resharding.mapping.shape import ModelShape
 from hpt_mega.resharding.mapping.table import Entry, Family, MappingError
 
 __all__ = ["FAMILIES", "Entry", "Family", "MappingError", "ModelShape", "family_for"]
 
-FAMILIES = (LLAMA,)
+FAMILIES = (LLAMA, QWEN2, QWEN3, QWEN3_MOE, MISTRAL, MIXTRAL, DEEPSEEK_V3)
 
 
 def family_for(config: Mapping[str, Any]) -> Family:

@@ -1,104 +1,141 @@
 """How Hugging Face tensors make up one Megatron parameter, and how tensor-parallel ranks share it.
 
-Pure tensor arithmetic, bit-exact both ways: merge(shard(x, r) for every rank r) is x. Shards are views where
-they can be.
+Pure tensor arithmetic, bit-exact both ways: split(fuse(x)) is x, and so is merge of all ranks' shard(x).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from hpt_mega.resharding.mapping.shape import ModelShape
+from hpt_mega.resharding.mapping.shape import LatentAttention, ModelShape
 
 
-class Fusion(Protocol):
-    """One way of fusing and splitting."""
+class Fusion:
+    """One tensor, whole on every rank (norms, routers); the base of the ways to fuse and cut.
+
+    `dim` is the dimension of the fused tensor that ranks share, None where each holds all of it. `blocks`
+    equal parts of that dimension are shared one by one, so a rank's part has as many pieces.
+    """
+
+    dim: int | None = None
+    blocks = 1
+
+    def fuse(self, tensors: Sequence[Tensor], shape: ModelShape) -> Tensor:
+        """The whole Megatron parameter, from the Hugging Face tensors of its row in order."""
+        return tensors[0]
+
+    def split(self, whole: Tensor, shape: ModelShape) -> list[Tensor]:
+        """The Hugging Face tensors, from the whole Megatron parameter."""
+        return [whole]
 
     def shard(self, tensors: Sequence[Tensor], shape: ModelShape, rank: int, size: int) -> Tensor:
         """The part of tensor-parallel rank `rank` of `size`, from whole Hugging Face tensors."""
-        ...
+        pieces = [piece for _, piece in self.pieces(self.fuse(tensors, shape), rank, size)]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=self.dim or 0)
 
     def merge(self, shards: Sequence[Tensor], shape: ModelShape) -> list[Tensor]:
         """The Hugging Face tensors, from the parts of all ranks in order."""
-        ...
+        return self.split(self.join(shards), shape)
+
+    def join(self, shards: Sequence[Tensor]) -> Tensor:
+        """The whole Megatron parameter, from the parts of all ranks in order."""
+        if self.dim is None or len(shards) == 1:
+            return shards[0]
+        cut = [shard.chunk(self.blocks, self.dim) for shard in shards]
+        return torch.cat([pieces[block] for block in range(self.blocks) for pieces in cut], dim=self.dim)
+
+    def pieces(self, whole: Tensor, rank: int, size: int) -> list[tuple[int, Tensor]]:
+        """A rank's pieces of the whole, as views, with where each begins along `dim`.
+
+        Raises ValueError where the dimension has no `size` equal parts.
+        """
+        if self.dim is None:
+            return [(0, whole)]
+        length = whole.shape[self.dim] // self.blocks
+        if length % size:
+            raise ValueError(
+                f"{list(whole.shape)} cannot be cut into {size} equal parts along dimension {self.dim}"
+                + (f" of {self.blocks} blocks" if self.blocks > 1 else "")
+            )
+        part = length // size
+        starts = [block * length + rank * part for block in range(self.blocks)]
+        return [(start, whole.narrow(self.dim, start, part)) for start in starts]
 
 
-class Replicated:
+class Replicated(Fusion):
     """The same tensor on every rank: norms."""
 
-    def shard(self, tensors: Sequence[Tensor], shape: ModelShape, rank: int, size: int) -> Tensor:
-        return tensors[0]
 
-    def merge(self, shards: Sequence[Tensor], shape: ModelShape) -> list[Tensor]:
-        return [shards[0]]
-
-
-class Split:
+class Split(Fusion):
     """One tensor, cut along a dimension: 0 for a column-parallel layer's outputs, 1 for a row-parallel one's
     inputs."""
 
     def __init__(self, dim: int) -> None:
-        self._dim = dim
+        self.dim = dim
 
-    def shard(self, tensors: Sequence[Tensor], shape: ModelShape, rank: int, size: int) -> Tensor:
-        return _part(tensors[0], self._dim, rank, size)
+
+class LatentDown(Split):
+    """A projection down to a latent vector: cut by rows under megatron-core's own spec, whole on every rank
+    under Transformer Engine's."""
+
+    def __init__(self, rows: Callable[[LatentAttention], int]) -> None:
+        super().__init__(0)
+        self._rows = rows
 
     def merge(self, shards: Sequence[Tensor], shape: ModelShape) -> list[Tensor]:
-        return [torch.cat(list(shards), dim=self._dim)]
+        if shape.latent and len(shards[0]) == self._rows(shape.latent):
+            return [shards[0]]
+        return super().merge(shards, shape)
 
 
-class Vocabulary:
+class Vocabulary(Fusion):
     """Rows of the vocabulary, padded with zeros until every rank holds equally many."""
 
-    def shard(self, tensors: Sequence[Tensor], shape: ModelShape, rank: int, size: int) -> Tensor:
-        (weight_VH,) = tensors
-        rows = padded_vocab_size(shape.vocab_size, size) // size
-        part = weight_VH[rank * rows : (rank + 1) * rows]
-        if len(part) == rows:
-            return part
-        return torch.cat([part, part.new_zeros(rows - len(part), part.shape[1])])
+    dim = 0
 
-    def merge(self, shards: Sequence[Tensor], shape: ModelShape) -> list[Tensor]:
-        return [torch.cat(list(shards))[: shape.vocab_size]]
+    def split(self, whole: Tensor, shape: ModelShape) -> list[Tensor]:
+        return [whole[: shape.vocab_size]]
+
+    def pieces(self, whole: Tensor, rank: int, size: int) -> list[tuple[int, Tensor]]:
+        rows = padded_vocab_size(len(whole), size) // size
+        part = whole[rank * rows : (rank + 1) * rows]
+        if len(part) < rows:
+            part = torch.cat([part, part.new_zeros(rows - len(part), *part.shape[1:])])
+        return [(rank * rows, part)]
 
 
-class QueryKeyValue:
-    """Query, key and value interleaved by query group: [q.. q k v] for each group, groups in order."""
+class QueryKeyValue(Fusion):
+    """Query, key and value (weights or biases) interleaved by query group: [q.. q k v] for each group."""
 
-    def shard(self, tensors: Sequence[Tensor], shape: ModelShape, rank: int, size: int) -> Tensor:
-        groups = shape.num_query_groups
-        parts = [_part(t.unflatten(0, (groups, -1)), 0, rank, size) for t in tensors]
-        return torch.cat(parts, dim=1).flatten(0, 1)
+    dim = 0
 
-    def merge(self, shards: Sequence[Tensor], shape: ModelShape) -> list[Tensor]:
-        fused = torch.cat(list(shards)).unflatten(0, (shape.num_query_groups, -1))
+    def fuse(self, tensors: Sequence[Tensor], shape: ModelShape) -> Tensor:
+        by_group = [tensor.unflatten(0, (shape.num_query_groups, -1)) for tensor in tensors]
+        return torch.cat(by_group, dim=1).flatten(0, 1)
+
+    def split(self, whole: Tensor, shape: ModelShape) -> list[Tensor]:
+        by_group = whole.unflatten(0, (shape.num_query_groups, -1))
         heads = shape.num_attention_heads // shape.num_query_groups
         sizes = [heads * shape.head_dim, shape.head_dim, shape.head_dim]
-        return [part.flatten(0, 1) for part in fused.split(sizes, dim=1)]
+        return [part.flatten(0, 1) for part in by_group.split(sizes, dim=1)]
 
 
-class GateUp:
+class GateUp(Fusion):
     """A gated layer's two projections: each rank holds its rows of the gate, then its rows of the other."""
 
-    def shard(self, tensors: Sequence[Tensor], shape: ModelShape, rank: int, size: int) -> Tensor:
-        return torch.cat([_part(tensor, 0, rank, size) for tensor in tensors])
+    dim = 0
+    blocks = 2
 
-    def merge(self, shards: Sequence[Tensor], shape: ModelShape) -> list[Tensor]:
-        halves = [shard.chunk(2) for shard in shards]
-        return [torch.cat([half[i] for half in halves]) for i in range(2)]
+    def fuse(self, tensors: Sequence[Tensor], shape: ModelShape) -> Tensor:
+        return torch.cat(list(tensors))
+
+    def split(self, whole: Tensor, shape: ModelShape) -> list[Tensor]:
+        return list(whole.chunk(2))
 
 
 def padded_vocab_size(vocab_size: int, tp_size: int) -> int:
     """The vocabulary rounded up so that every tensor-parallel rank holds equally many rows."""
     return -(-vocab_size // tp_size) * tp_size
-
-
-def _part(tensor: Tensor, dim: int, rank: int, size: int) -> Tensor:
-    length = tensor.shape[dim]
-    if length % size:
-        raise ValueError(f"{list(tensor.shape)} cannot be cut into {size} equal parts along dimension {dim}")
-    return tensor.narrow(dim, rank * (length // size), length // size)

@@ -1,0 +1,150 @@
+"""The safetensors file format, read and written a tensor at a time at known offsets, without memory maps.
+
+The package of that name maps or holds whole files; a conversion's memory must not depend on their size. What
+folders of such files mean is in hf.py.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+# in the order the package sorts a file's tensors by, last first
+DTYPE_CODES = {
+    torch.uint8: "U8",
+    torch.int8: "I8",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.int16: "I16",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int32: "I32",
+    torch.float32: "F32",
+    torch.float64: "F64",
+    torch.int64: "I64",
+}
+_DTYPES = {code: dtype for dtype, code in DTYPE_CODES.items()}
+_RANK = {dtype: rank for rank, dtype in enumerate(DTYPE_CODES)}
+_LONGEST_HEADER = 100 * 2**20
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A tensor without its data."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Spec:
+        return cls(tensor.dtype, tuple(tensor.shape))
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A tensor's place in a file."""
+
+    spec: Spec
+    offset: int  # in bytes, from the file's begin
+
+
+def read_header(path: Path) -> dict[str, Slot]:
+    """Where each tensor of a file is. Raises ValueError where the file is damaged, and says how."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or not 0 < length <= min(size - 8, _LONGEST_HEADER):
+            raise ValueError(f"{path} is no safetensors file, or cut off: {size} bytes, header of {length}")
+        try:
+            header = json.loads(file.read(length))
+        except ValueError as error:
+            raise ValueError(f"{path} has a damaged header: {error}; copy the file again") from None
+    header.pop("__metadata__", None)
+    slots = {name: _slot(path, name, entry, 8 + length) for name, entry in header.items()}
+    end = max((slot.offset + slot.spec.nbytes for slot in slots.values()), default=8 + length)
+    if end != size:
+        raise ValueError(
+            f"{path} holds {size} bytes and its header describes {end}; the file is "
+            f"{'cut off' if size < end else 'followed by something else'}: copy it again"
+        )
+    return slots
+
+
+def _slot(path: Path, name: str, entry: Mapping[str, Any], data_begin: int) -> Slot:
+    try:
+        begin, end = (int(offset) for offset in entry["data_offsets"])
+        shape = tuple(int(size) for size in entry["shape"])
+        code = str(entry["dtype"])
+    except (KeyError, TypeError, ValueError):
+        raise ValueError(f"{path} describes {name} as {entry}; copy the file again") from None
+    if code not in _DTYPES:
+        raise ValueError(f"{path} holds {name} as {code}; expected one of {', '.join(_DTYPES)}")
+    spec = Spec(_DTYPES[code], shape)
+    if end - begin != spec.nbytes:
+        raise ValueError(
+            f"{path} gives {name} {end - begin} bytes, expected {spec.nbytes} for {list(shape)} of {code}"
+        )
+    return Slot(spec, data_begin + begin)
+
+
+def read_tensor(file: BinaryIO, slot: Slot) -> Tensor:
+    """One tensor, in memory of its own. Raises ValueError where the file ends before it."""
+    raw = torch.empty(slot.spec.nbytes, dtype=torch.uint8)
+    read_into(file, raw, slot.offset)
+    return raw.view(slot.spec.dtype).view(slot.spec.shape)
+
+
+def read_into(file: BinaryIO, raw: Tensor, offset: int) -> None:
+    view = raw_bytes(raw)
+    while view:  # a single call moves at most 2 GiB
+        count = os.preadv(file.fileno(), [view], offset)
+        if count == 0:
+            raise ValueError(f"{file.name} ends {len(view)} bytes before the tensor does")
+        view, offset = view[count:], offset + count
+
+
+def write_tensor(file: BinaryIO, tensor: Tensor, offset: int) -> None:
+    view = raw_bytes(tensor)
+    while view:
+        count = os.pwritev(file.fileno(), [view], offset)
+        view, offset = view[count:], offset + count
+
+
+def raw_bytes(tensor: Tensor) -> memoryview:
+    """The tensor's bytes in row order; not a copy where it is contiguous."""
+    flat = tensor.detach().cpu().contiguous().view(-1)
+    array: Any = flat.view(torch.uint8).numpy()
+    return memoryview(array) if flat.numel() else memoryview(b"")
+
+
+def header_of(tensors: Mapping[str, Spec]) -> tuple[bytes, dict[str, Slot]]:
+    """The begin of a file with these tensors and their places, byte for byte as the package lays them out."""
+    order: Iterable[str] = sorted(tensors, key=lambda name: (-_RANK[tensors[name].dtype], name))
+    described: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    begins: dict[str, int] = {}
+    position = 0
+    for name in order:
+        spec = tensors[name]
+        begins[name] = position
+        position += spec.nbytes
+        described[name] = {
+            "dtype": DTYPE_CODES[spec.dtype],
+            "shape": list(spec.shape),
+            "data_offsets": [begins[name], position],
+        }
+    text = json.dumps(described, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    slots = {name: Slot(tensors[name], 8 + len(text) + begin) for name, begin in begins.items()}
+    return len(text).to_bytes(8, "little") + text, slots

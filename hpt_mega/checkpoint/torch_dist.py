@@ -1,0 +1,376 @@
+"""Megatron's distributed checkpoint format (torch_dist), written and read a tensor at a time without a model.
+
+One process writes what megatron-core's dist_checkpointing.load reads at any layout. The legacy format is in
+legacy.py.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+
+from hpt_mega.checkpoint.safetensors import Spec, raw_bytes
+from hpt_mega.resharding.mapping import Entry, MappingError, ModelShape
+
+METADATA = ".metadata"
+FORMAT_FILE = "metadata.json"
+_FORMAT = {
+    "sharded_backend": "torch_dist",
+    "sharded_backend_version": 1,
+    "common_backend": "torch",
+    "common_backend_version": 1,
+}
+# tensors of a training run's state that are no weights
+_NOT_WEIGHTS = ("optimizer.", "chained_", "critic.")
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Where the format keeps a parameter: a key, and indices along axes put before the parameter's own.
+
+    Layers that are all alike share one key and are stacked along its first axis; so are experts.
+    """
+
+    key: str
+    at: tuple[int, ...]
+    counts: tuple[int, ...]
+
+
+def stored_as(entry: Entry, shape: ModelShape, *, stacked: bool, te: bool = True) -> Stored:
+    """The place of a parameter; `te` says by which layer spec it is named.
+
+    Megatron stores its own layer spec's parameters under Transformer Engine's names, so that either spec
+    reads what the other wrote.
+    """
+    pattern = entry.row.megatron
+    at: tuple[int, ...] = ()
+    counts: tuple[int, ...] = ()
+    if te and entry.expert is None and entry.row.te:
+        pattern = entry.row.te
+    if entry.layer is not None and stacked:
+        pattern = pattern.replace("{layer}.", "")
+        at, counts = (entry.layer,), (shape.num_layers,)
+    if entry.expert is not None and shape.experts:
+        pattern = pattern.replace("local_experts.{expert}", "experts")
+        at, counts = (*at, entry.expert), (*counts, shape.experts.count)
+    return Stored(pattern.format(layer=entry.layer), at, counts)
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A rectangular part of a key's tensor, and the bytes of a file that hold it."""
+
+    key: str
+    total: tuple[int, ...]
+    dtype: str
+    at: tuple[int, ...]
+    sizes: tuple[int, ...]
+    file: str
+    offset: int
+    length: int
+
+
+class TorchDistWriter:
+    """Appends tensors to the files of a checkpoint, and describes all of them at the end.
+
+    `chunks` are those of an interrupted run; what its files hold beyond them is cut off.
+    """
+
+    def __init__(self, folder: Path, chunks: Iterable[Chunk] = ()) -> None:
+        self._folder = folder
+        self._files: dict[str, BinaryIO] = {}
+        folder.mkdir(exist_ok=True)
+        ends: dict[str, int] = defaultdict(int)
+        for chunk in chunks:
+            ends[chunk.file] = max(ends[chunk.file], chunk.offset + chunk.length)
+        for path in folder.glob("*.distcp"):
+            os.truncate(path, ends[path.name])
+
+    def append(
+        self, rank: int, stored: Stored, total: Sequence[int], at: Sequence[int], piece: Tensor
+    ) -> Chunk:
+        """Write one piece, beginning at `at`, of a parameter of shape `total` into a rank's file."""
+        sizes = (*(1 for _ in stored.at), *piece.shape)
+        file = self._file(f"__{rank}_0.distcp")
+        offset = file.tell()
+        _save(piece, sizes, file)
+        return Chunk(
+            key=stored.key,
+            total=(*stored.counts, *total),
+            dtype=str(piece.dtype).removeprefix("torch."),
+            at=(*stored.at, *at),
+            sizes=sizes,
+            file=Path(file.name).name,
+            offset=offset,
+            length=file.tell() - offset,
+        )
+
+    def finish(self, chunks: Sequence[Chunk], objects: Iterable[str], common: dict[str, Any]) -> None:
+        """Write everything that is not weights: the objects (all None), the description, `common`."""
+        tensors: dict[str, Any] = {}
+        storage: dict[MetadataIndex, _StorageInfo] = {}
+        for chunk in chunks:
+            properties = TensorProperties(dtype=getattr(torch, chunk.dtype))
+            about = tensors.setdefault(
+                chunk.key, TensorStorageMetadata(properties, torch.Size(chunk.total), [])
+            )
+            if (about.size, about.properties.dtype) != (torch.Size(chunk.total), properties.dtype):
+                raise MappingError(
+                    f"{chunk.key} is {list(about.size)} of {about.properties.dtype} in one layer and "
+                    f"{list(chunk.total)} of {properties.dtype} in another; Megatron stacks layers, "
+                    "and needs them alike"
+                )
+            about.chunks.append(ChunkStorageMetadata(torch.Size(chunk.at), torch.Size(chunk.sizes)))
+            storage[MetadataIndex(chunk.key, chunk.at)] = _StorageInfo(chunk.file, chunk.offset, chunk.length)
+        for name, info in self._write_objects(objects):
+            tensors[name] = BytesStorageMetadata()
+            storage[MetadataIndex(name)] = info
+        for file in self._files.values():
+            file.flush()
+            os.fsync(file.fileno())
+            file.close()
+        torch.save(common, self._folder / "common.pt")
+        (self._folder / FORMAT_FILE).write_text(json.dumps(_FORMAT))
+        with (self._folder / METADATA).open("wb") as description:
+            pickle.dump(Metadata(tensors, planner_data=None, storage_data=storage), description)
+
+    def _write_objects(self, names: Iterable[str]) -> Iterator[tuple[str, _StorageInfo]]:
+        nothing = io.BytesIO()
+        torch.save([None], nothing)
+        file = self._file("__0_1.distcp")
+        info = _StorageInfo("__0_1.distcp", file.tell(), len(nothing.getvalue()))
+        file.write(nothing.getvalue())
+        for name in names:
+            yield name, info
+
+    def _file(self, name: str) -> BinaryIO:
+        if name not in self._files:
+            self._files[name] = (self._folder / name).open("ab")
+        return self._files[name]
+
+
+class _DataAtSeek:
+    """A file for torch.save without data: it seeks over the data's place, which is filled in then."""
+
+    def __init__(self, file: BinaryIO, data: memoryview) -> None:
+        self._file, self._data = file, data
+
+    def write(self, header: bytes) -> int:
+        return self._file.write(header)
+
+    def seek(self, offset: int, whence: int) -> None:
+        assert (offset, whence) == (len(self._data), os.SEEK_CUR), "torch.save moves in another way"
+        self._file.write(self._data)
+
+    def flush(self) -> None: ...
+
+
+def _save(piece: Tensor, sizes: tuple[int, ...], file: BinaryIO) -> None:
+    """torch.save without its copies and without the archive's checksum, which torch.load does not read."""
+    data = raw_bytes(piece)
+    own = torch.frombuffer(data, dtype=piece.dtype).view(sizes)  # torch.save writes whole storages
+    with torch.serialization.skip_data():
+        torch.save(own, _DataAtSeek(file, data))  # type: ignore[arg-type]
+    file.flush()  # in the kernel's hands before a journal says so: a kill loses nothing
+
+
+def extra_states(entries: Iterable[Entry], shape: ModelShape) -> Iterator[str]:
+    """Names of the objects that layers ask a checkpoint for beside their weights (FP8 scales; here: none).
+
+    Either layer spec finds those it asks for among them.
+    """
+    modules: dict[tuple[str, tuple[int, ...]], tuple[int, ...]] = {}
+    for entry in entries:
+        if entry.layer is None:
+            continue
+        stored = stored_as(entry, shape, stacked=shape.is_homogeneous)
+        modules[stored.key.rpartition(".")[0], stored.at] = stored.counts
+        layer, attention, _ = stored.key.partition(".self_attention.")
+        if attention:
+            modules[f"{layer}.self_attention.core_attention", stored.at] = stored.counts
+    modules["decoder.final_layernorm", ()] = ()
+    for (module, at), counts in modules.items():
+        index = ".".join(map(str, at or (0,)))
+        size = ".".join(map(str, counts or (1,)))
+        yield f"{module}._extra_state/shard_{index}_{size}"
+
+
+class TorchDistReader:
+    """The parameters of a checkpoint in this format, whoever wrote it. Nothing is read ahead.
+
+    Raises ValueError where the folder is damaged.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._metadata = _read_metadata(folder / METADATA)
+        self._places: dict[tuple[str, tuple[int, ...]], list[ChunkStorageMetadata]] = {}
+
+    def spec(self, entry: Entry, shape: ModelShape) -> Spec:
+        """The whole parameter without its data. Raises MappingError where the checkpoint has none."""
+        stored = self._find(entry, shape)
+        about = self._tensors()[stored.key]
+        return Spec(about.properties.dtype, tuple(about.size[len(stored.at) :]))
+
+    def whole(self, entry: Entry, shape: ModelShape) -> Tensor:
+        """The whole parameter, put together from its chunks."""
+        stored, spec = self._find(entry, shape), self.spec(entry, shape)
+        chunks = self._chunks(stored)
+        out, filled = torch.empty(spec.shape, dtype=spec.dtype), 0
+        for chunk in chunks:
+            part = self._load(stored.key, chunk)
+            part = part.view(part.shape[len(stored.at) :])
+            if part.shape == out.shape:
+                return part
+            target = out
+            for dim, start in enumerate(chunk.offsets[len(stored.at) :]):
+                target = target.narrow(dim, start, part.shape[dim])
+            target.copy_(part)
+            filled += part.numel()
+        if filled != out.numel():
+            raise ValueError(
+                f"{self._folder} holds {filled} of {out.numel()} values of {stored.key} {list(stored.at)}"
+            )
+        return out
+
+    def leftovers(self, entries: Iterable[Entry], shape: ModelShape) -> list[str]:
+        """Weights that no entry of the model asks for."""
+        asked = {self._find(entry, shape).key for entry in entries}
+        return [key for key in self._tensors() if key not in asked and not key.startswith(_NOT_WEIGHTS)]
+
+    def _tensors(self) -> dict[str, TensorStorageMetadata]:
+        return {
+            key: about
+            for key, about in self._metadata.state_dict_metadata.items()
+            if isinstance(about, TensorStorageMetadata)
+        }
+
+    def _find(self, entry: Entry, shape: ModelShape) -> Stored:
+        """Under one of the names Megatron gives it: by its version and settings, layers are stacked or not,
+        and norms keep their own name."""
+        candidates = [
+            stored_as(entry, shape, stacked=stacked, te=te)
+            for stacked in (True, False)
+            for te in (True, False)
+        ]
+        for stored in candidates:
+            if isinstance(self._metadata.state_dict_metadata.get(stored.key), TensorStorageMetadata):
+                return stored
+        raise MappingError(
+            f"{self._folder} holds no {candidates[0].key}, which {' + '.join(entry.hf)} would be made of; is "
+            "it a checkpoint of this model?"
+        )
+
+    def _chunks(self, stored: Stored) -> list[ChunkStorageMetadata]:
+        if not self._places:
+            for key, about in self._tensors().items():
+                for chunk in about.chunks:
+                    for prefix in range(3):  # axes before the parameter's own: none, layers, experts too
+                        at = tuple(chunk.offsets[:prefix])
+                        self._places.setdefault((key, at), []).append(chunk)
+        return self._places.get((stored.key, stored.at), [])
+
+    def _load(self, key: str, chunk: ChunkStorageMetadata) -> Tensor:
+        info = self._metadata.storage_data[MetadataIndex(key, chunk.offsets)]
+        path = self._folder / info.relative_path
+        with path.open("rb", buffering=0) as file:
+            if info.offset + info.length > path.stat().st_size:
+                raise ValueError(
+                    f"{path} ends at {path.stat().st_size} bytes, {key} at {info.offset + info.length}; the "
+                    "file is cut off: copy it again"
+                )
+            window = _Window(file, info.offset, info.length)
+            try:
+                tensor: Tensor = torch.load(window, map_location="cpu", weights_only=True)  # type: ignore[arg-type]
+            except (RuntimeError, pickle.UnpicklingError) as error:
+                raise ValueError(f"{path} is damaged where {key} should be: {error}") from None
+        return tensor.detach()
+
+
+class _Window(io.RawIOBase):
+    """A part of a file as a file of its own, read straight into the buffer it is asked to fill."""
+
+    def __init__(self, file: BinaryIO, begin: int, length: int) -> None:
+        self._file, self._begin, self._length, self._position = file, begin, length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._length}[whence]
+        self._position = base + offset
+        return self._position
+
+    def tell(self) -> int:
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        view = memoryview(buffer).cast("B")[: max(0, self._length - self._position)]
+        count = os.preadv(self._file.fileno(), [view], self._begin + self._position) if view else 0
+        self._position += count
+        return count
+
+
+def _read_metadata(path: Path) -> Metadata:
+    try:
+        with path.open("rb") as file:
+            metadata = _MetadataUnpickler(file).load()
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} is not there; expected a torch_dist checkpoint folder") from None
+    except (EOFError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{path} is damaged, or no description of a checkpoint: {error}") from None
+    if not isinstance(metadata, Metadata):
+        raise ValueError(f"{path} holds a {type(metadata).__name__}, expected torch's checkpoint Metadata")
+    return metadata
+
+
+class _Unknown:
+    """Stands for classes of megatron-core versions that left their plans in the file; none is needed."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """Builds plain descriptions only: a checkpoint from elsewhere must not run code here."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module.startswith("megatron."):
+            return _Unknown
+        found = super().find_class(module, name)
+        plain = isinstance(found, torch.dtype | torch.layout | torch.memory_format) or found is torch.Size
+        described = module.startswith("torch.distributed.checkpoint.") and isinstance(found, type)
+        if plain or described or (module, name) in _HARMLESS:
+            return found
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no description needs")
+
+
+_HARMLESS = {
+    ("collections", "OrderedDict"),
+    ("collections", "defaultdict"),
+    ("builtins", "dict"),
+    ("builtins", "set"),
+    ("torch.serialization", "_get_layout"),
+    ("pathlib", "PosixPath"),
+}

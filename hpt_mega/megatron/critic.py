@@ -1,0 +1,104 @@
+"""PPO's critic: the policy's network with a scalar head, its loss and its optimizer.
+
+How advantages follow from its values is objective/advantage.py's business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hpt_mega.config import Config
+from hpt_mega.data.packing import MicroBatch
+from hpt_mega.megatron.model import PolicyModel
+from hpt_mega.megatron.optimizer import (
+    DistributedDataParallel,
+    MegatronOptimizer,
+    build_optimizer,
+    set_learning_rate,
+    wrap_data_parallel,
+)
+from hpt_mega.megatron.runtime import Layout
+from hpt_mega.megatron.step import Metrics, forward_backward, score, update
+from hpt_mega.objective import Estimator
+from hpt_mega.objective.value import gae, value_loss
+
+
+class ValueModel(PolicyModel):
+    """A pipeline stage of the critic; the last one ends in a linear layer to one value a position.
+
+    The head is replicated over tensor-parallel ranks and starts at zero, so that every first value is 0.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.post_process:
+            head = torch.nn.Linear(self.config.hidden_size, 1, bias=False, dtype=self.config.params_dtype)
+            self.output_layer = head
+            torch.nn.init.zeros_(head.weight)
+
+
+@dataclass
+class Critic:
+    """The critic's model and optimizer, trained beside the policy on the same micro-batches."""
+
+    model: DistributedDataParallel
+    optimizer: MegatronOptimizer
+    lr: float
+    clip: float
+    layout: Layout
+
+    def values(self, microbatches: Sequence[MicroBatch]) -> list[Tensor]:
+        """[N] the value before each response token, by micro-batch."""
+        return score(self.model, microbatches, _values_of, self.layout)
+
+    def learn(self, microbatches: Sequence[MicroBatch], tokens: float, estimator: Estimator) -> Metrics:
+        """One update on the clipped squared error; `tokens` is the number of response tokens of the job."""
+        self.model.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        set_learning_rate(self.optimizer, self.lr)
+        loss = partial(_value_loss, estimator=estimator, clip=self.clip, denominator=max(1.0, tokens))
+        sums = forward_backward(self.model, microbatches, loss, self.layout)
+        return {"value_loss": sums["sum/value_loss"], "value_grad_norm": update(self.optimizer)}
+
+
+def build_critic(model: PolicyModel, policy: PolicyModel, cfg: Config, layout: Layout) -> Critic:
+    """The critic around a ValueModel, which starts from the weights of the policy's stage of this layout."""
+    weights = {name: p for name, p in policy.named_parameters() if not name.startswith("output_layer.")}
+    mine = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, weight in weights.items():
+            mine[name].copy_(weight)
+    settings = replace(cfg, optimizer=replace(cfg.optimizer, lr=cfg.critic.lr))
+    wrapped = wrap_data_parallel(model, settings)
+    return Critic(wrapped, build_optimizer(wrapped, settings), cfg.critic.lr, cfg.critic.clip, layout)
+
+
+def _values_of(microbatch: MicroBatch, model: PolicyModel, hidden_SBH: Tensor, layout: Layout) -> Tensor:
+    hidden_NH = hidden_SBH[microbatch.query_positions_N, microbatch.rows_N]
+    return model.output_layer(hidden_NH)[:, 0].float()
+
+
+def _value_loss(
+    microbatch: MicroBatch,
+    model: PolicyModel,
+    hidden_SBH: Tensor,
+    layout: Layout,
+    *,
+    estimator: Estimator,
+    clip: float,
+    denominator: float,
+) -> tuple[Tensor, Metrics]:
+    values_BT = microbatch.to_response_grid(_values_of(microbatch, model, hidden_SBH, layout))
+    mask_BT, old_BT = microbatch.mask_BT, microbatch.values_BT
+    if old_BT is None:  # an inert micro-batch
+        return (values_BT.sum() + hidden_SBH.sum()) * 0.0, {"sum/tokens": 0.0, "sum/value_loss": 0.0}
+    options = estimator.row.options
+    _, returns_BT = gae(microbatch.reward_B, old_BT, mask_BT, options.gae_gamma, options.gae_lambda)
+    loss = value_loss(values_BT, old_BT, returns_BT, mask_BT, clip) / denominator
+    return loss, {"sum/tokens": float(mask_BT.sum()), "sum/value_loss": float(loss)}

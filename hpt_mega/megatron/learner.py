@@ -1,0 +1,206 @@
+"""Learning from a step's trajectories: scores what the algorithm asks for, splits, and updates the models.
+
+Which trajectories there are is the trainer's and the scheduler's business.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hpt_mega.config import Config
+from hpt_mega.data.packing import MicroBatch, collate, plan_microbatches
+from hpt_mega.megatron.critic import Critic
+from hpt_mega.megatron.model import PolicyModel
+from hpt_mega.megatron.optimizer import (
+    DistributedDataParallel,
+    MegatronOptimizer,
+    learning_rate,
+    set_learning_rate,
+)
+from hpt_mega.megatron.runtime import Layout
+from hpt_mega.megatron.state import load_state, save_state
+from hpt_mega.megatron.step import Metrics, Objective, forward_backward, score, update
+from hpt_mega.objective import Estimator, TokenBatch
+from hpt_mega.trajectory import Trajectory
+
+
+@dataclass
+class Learner:
+    """The policy with all it learns with; every rank of the job calls the same methods together."""
+
+    cfg: Config
+    layout: Layout
+    policy: DistributedDataParallel
+    optimizer: MegatronOptimizer
+    estimator: Estimator
+    vocab_size: int
+    reference: PolicyModel | None = None  # frozen; where the algorithm asks for ref_logp
+    critic: Critic | None = None  # where it asks for values
+
+    def learn(self, trajectories: Sequence[Trajectory], step: int) -> Metrics:
+        """The updates of one step on the unified objective, over all replicas' trajectories."""
+        rate = learning_rate(self.cfg.optimizer, step, self.cfg.trainer.steps)
+        scored = self._score(trajectories)
+        updates = [self._update(part, rate) for part in self._parts(scored)]
+        names = dict.fromkeys(name for one in updates for name in one)
+        means = {name: statistics.fmean(one[name] for one in updates if name in one) for name in names}
+        return means | {"tokens_trained": sum(one["tokens_trained"] for one in updates), "lr": rate}
+
+    def save(self, folder: Path, common: dict[str, Any]) -> None:
+        """Write all that learning goes on from; `common` is small plain data."""
+        save_state(folder, self.policy.module, self.optimizer, common, self.layout, self.critic)
+
+    def load(self, folder: Path) -> dict[str, Any]:
+        """Go on from what `save` wrote; returns its `common`."""
+        return load_state(folder, self.policy.module, self.optimizer, self.layout, self.critic)
+
+    def _score(self, trajectories: Sequence[Trajectory]) -> list[Trajectory]:
+        """The trajectories with the log-probabilities and values that the algorithm needs beforehand."""
+        scored = list(trajectories)
+        if self.cfg.trainer.updates_per_step > 1:
+            found = self._per_token(scored, self._logp_under(self.policy.module))
+            scored = [replace(t, old_logp=logp) for t, logp in zip(scored, found, strict=True)]
+        if self.reference is not None:
+            found = self._per_token(scored, self._logp_under(self.reference))
+            scored = [replace(t, ref_logp=logp) for t, logp in zip(scored, found, strict=True)]
+        if self.critic is not None:
+            found = self._per_token(scored, self.critic.values)
+            scored = [replace(t, values=values) for t, values in zip(scored, found, strict=True)]
+        return scored
+
+    def _logp_under(self, model: PolicyModel) -> Callable[[Sequence[MicroBatch]], list[torch.Tensor]]:
+        objective = self._objective(1.0)
+
+        def logp(microbatches: Sequence[MicroBatch]) -> list[torch.Tensor]:
+            return score(model, microbatches, lambda *given: objective.logprobs(*given)[0], self.layout)
+
+        return logp
+
+    def _per_token(
+        self,
+        trajectories: Sequence[Trajectory],
+        read: Callable[[Sequence[MicroBatch]], list[torch.Tensor]],
+    ) -> list[tuple[float, ...]]:
+        """One number a response token of each trajectory, in their order."""
+        plan = self._plan(trajectories)
+        microbatches = [self._collate([trajectories[i] for i in part]) for part in plan]
+        found: dict[int, tuple[float, ...]] = {}
+        for part, values_N in zip(plan, read(microbatches), strict=True):
+            numbers = iter(values_N.tolist())
+            for index in part:
+                found[index] = tuple(next(numbers) for _ in trajectories[index].response_tokens)
+        return [found[index] for index in range(len(trajectories))]
+
+    def _parts(self, trajectories: Sequence[Trajectory]) -> list[list[Trajectory]]:
+        """The trajectories of each update: whole questions, dealt out in order."""
+        groups = list(dict.fromkeys(t.group for t in trajectories))
+        updates = self.cfg.trainer.updates_per_step
+        part_of = {group: index * updates // len(groups) for index, group in enumerate(groups)}
+        return [[t for t in trajectories if part_of[t.group] == part] for part in range(updates)]
+
+    def _update(self, trajectories: Sequence[Trajectory], rate: float) -> Metrics:
+        """One optimizer step.
+
+        Trajectories whose gradient is zero (a group that is all right or all wrong) count in the denominator
+        but are not computed.
+        """
+        advantages = self._advantages(trajectories)
+        live = [
+            i
+            for i, t in enumerate(trajectories)
+            if advantages is None or self.estimator.trains_on(advantages[i], t.weight)
+        ]
+        mine = [
+            self._denominator(trajectories),
+            float(sum(len(trajectories[i]) for i in live)),
+            float(sum(len(trajectories[i].response_tokens) for i in live)),
+        ]
+        denominator, tokens, response_tokens = self.layout.sum_over_data(mine)
+        question_tokens = Counter[int]()
+        for t in trajectories:
+            question_tokens[t.group] += len(t.response_tokens)
+        microbatches = [
+            self._collate(
+                [trajectories[i] for i in part],
+                advantages and [advantages[i] for i in part],
+                [question_tokens[trajectories[i].group] for i in part],
+            )
+            for part in self._plan(trajectories, live)
+        ]
+        metrics: Metrics = {"tokens_trained": tokens}
+        if self.critic is not None:
+            metrics |= self.critic.learn(microbatches, response_tokens, self.estimator)
+        self.policy.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        sums = forward_backward(self.policy, microbatches, self._objective(denominator), self.layout)
+        set_learning_rate(self.optimizer, rate)
+        return metrics | _averages(sums) | {"grad_norm": update(self.optimizer)}
+
+    def _objective(self, denominator: float) -> Objective:
+        temperature = self.cfg.rollout.temperature or 1.0
+        return Objective(self.estimator, denominator or 1.0, temperature, self.vocab_size)
+
+    def _plan(self, trajectories: Sequence[Trajectory], live: Sequence[int] | None = None) -> list[list[int]]:
+        """Indices by micro-batch, equally many on every rank; a pair is never split."""
+        chosen = range(len(trajectories)) if live is None else live
+        lengths = [len(trajectories[i]) for i in chosen]
+        pairs = [trajectories[i].pair for i in chosen]
+        together = pairs if any(pair >= 0 for pair in pairs) else None
+        budget = self.cfg.trainer.tokens_per_microbatch
+        mine = len(plan_microbatches(lengths, budget, together=together))
+        (count,) = self.layout.max_over_world([mine])
+        plan = plan_microbatches(lengths, budget, max(1, int(count)), together)
+        return [[chosen[i] for i in part] for part in plan]
+
+    def _collate(
+        self,
+        trajectories: Sequence[Trajectory],
+        advantages: Sequence[float] | None = None,
+        question_tokens: Sequence[int] | None = None,
+    ) -> MicroBatch:
+        multiple = self.layout.tp_size if self.cfg.parallel.sequence_parallel else 1
+        return collate(trajectories, advantages, multiple, question_tokens)
+
+    def _advantages(self, trajectories: Sequence[Trajectory]) -> list[float] | None:
+        """One a trajectory, taken over whole groups before any split; None for advantages by token."""
+        if not self.estimator.advantage_per_sequence:
+            return None
+        if not trajectories:
+            return []
+        advantages: list[float] = self.estimator.advantages(
+            torch.tensor([t.reward for t in trajectories], dtype=torch.float64),
+            torch.tensor([t.group for t in trajectories]),
+            torch.tensor([int(t.source) for t in trajectories]),
+        ).tolist()
+        return advantages
+
+    def _denominator(self, trajectories: Sequence[Trajectory]) -> float:
+        if not trajectories:
+            return 0.0
+        batch = collate(trajectories)
+        blank = torch.zeros(batch.mask_BT.shape)
+        return self.estimator.denominator(
+            TokenBatch(logp=blank, mask=batch.mask_BT, group=batch.group_B, source=batch.source_B)
+        )
+
+
+def _averages(sums: Metrics) -> Metrics:
+    """Per-token means from an update's sums."""
+    return {
+        "loss": sums["sum/loss"],
+        "entropy": sums["sum/entropy"] / max(1.0, sums["sum/tokens"]),
+        "logp_gap_mean": sums["sum/logp_gap"] / max(1.0, sums["sum/online_tokens"]),
+        "logp_gap_max": sums["max/logp_gap"],
+        **{
+            name.removeprefix("mean/"): value
+            for name, value in sums.items()
+            if name.startswith("mean/objective/") and not name.endswith(("/tokens", "/sequences"))
+        },
+    }

@@ -1,0 +1,111 @@
+"""The CPU's core attention beside torch's own with repeated keys, and decoding beside the full forward."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from hpt_mega.megatron.attention import (
+    CoreAttention,
+    DecodeState,
+    KVCache,
+    _short_bf16_attention,
+    causal_attention,
+)
+
+LENGTH, BATCH, GROUPS, CHANNELS = 13, 3, 2, 5
+
+
+def inputs(heads: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(heads)
+    query, key, value = (
+        torch.randn(LENGTH, BATCH, n, CHANNELS, generator=generator).to(dtype)
+        for n in (heads, GROUPS, GROUPS)
+    )
+    return query.requires_grad_(), key.requires_grad_(), value.requires_grad_()
+
+
+def expected_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """[S, B, N * D] in fp64 with every group's keys repeated for its heads."""
+    per_group = query.shape[2] // key.shape[2]
+    query_BNSD = query.double().permute(1, 2, 0, 3)
+    key_BNSD, value_BNSD = (
+        x.double().permute(1, 2, 0, 3).repeat_interleave(per_group, dim=1) for x in (key, value)
+    )
+    out = scaled_dot_product_attention(query_BNSD, key_BNSD, value_BNSD, is_causal=True)
+    return out.permute(2, 0, 1, 3).flatten(2)
+
+
+def outputs_and_gradients(out: Tensor, leaves: tuple[Tensor, ...]) -> list[Tensor]:
+    seed = torch.randn(out.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    return [out, *torch.autograd.grad((out.double() * seed).sum(), leaves)]
+
+
+@pytest.mark.parametrize("heads", [2, 6])
+def test_causal_attention_and_its_gradient_are_torchs_with_repeated_keys(heads: int) -> None:
+    leaves = inputs(heads)
+    expected = outputs_and_gradients(expected_attention(*leaves), leaves)
+    for found, right in zip(outputs_and_gradients(causal_attention(*leaves), leaves), expected, strict=True):
+        torch.testing.assert_close(found.double(), right.double(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("heads", [2, 6])
+def test_the_plain_products_are_the_same_function(heads: int) -> None:
+    """In fp64, where round-off cannot hide a mistake."""
+    leaves = inputs(heads, torch.float64)
+    expected = outputs_and_gradients(expected_attention(*leaves), leaves)
+    found = outputs_and_gradients(_short_bf16_attention(*leaves), leaves)
+    for ours, right in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, right, rtol=1e-10, atol=1e-10)
+
+
+def test_bf16_stays_within_its_round_off() -> None:
+    leaves = inputs(6, torch.bfloat16)
+    found = causal_attention(*leaves)
+    assert found.dtype is torch.bfloat16
+    torch.testing.assert_close(found.double(), expected_attention(*leaves), rtol=0.02, atol=0.02)
+
+
+def core() -> CoreAttention:
+    return CoreAttention(SimpleNamespace(context_parallel_size=1), 1)
+
+
+@pytest.mark.parametrize("heads", [2, 6])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_decoding_from_the_cache_is_the_full_forward(heads: int, dtype: torch.dtype) -> None:
+    """Prompts of unequal lengths, right-padded; then one token a row, each at its own position."""
+    query, key, value = (x.detach() for x in inputs(heads, dtype))
+    prompts = torch.tensor([4, 1, 6])
+    full = expected_attention(query, key, value)
+    tolerance = 1e-5 if dtype is torch.float32 else 0.02
+    attention = core()
+    attention.cache = KVCache(
+        *(torch.full((BATCH, GROUPS, LENGTH, CHANNELS), 7.0, dtype=dtype) for _ in range(2))
+    )
+    longest = int(prompts.max())
+    prefilled = attention(query[:longest], key[:longest], value[:longest])
+    torch.testing.assert_close(prefilled.double(), full[:longest], rtol=tolerance, atol=tolerance)
+    for step in range(LENGTH - longest):
+        positions = prompts + step
+        rows = torch.arange(BATCH)
+        attention.decode = DecodeState(positions, int(positions.max()) + 1)
+        token = (x[positions, rows][None] for x in (query, key, value))
+        decoded = attention(*token)[0]
+        torch.testing.assert_close(decoded.double(), full[positions, rows], rtol=tolerance, atol=tolerance)
+
+
+def test_selected_rows_of_the_cache_keep_their_keys() -> None:
+    keys, values = torch.randn(3, 2, 4, 5), torch.randn(3, 2, 4, 5)
+    cache = KVCache(keys, values)
+    cache.select(torch.tensor([2, 0, 0]))
+    assert torch.equal(cache.keys_BGLD, torch.stack([keys[2], keys[0], keys[0]]))
+    assert torch.equal(cache.values_BGLD, torch.stack([values[2], values[0], values[0]]))
+
+
+def test_context_parallelism_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"set parallel\.cp=1"):
+        CoreAttention(SimpleNamespace(context_parallel_size=2), 1)

@@ -1,0 +1,170 @@
+"""A saved state goes on with the same bits, in the layout that wrote it and in others.
+
+The gradients are given, and not clipped: then a step is elementwise, and layouts can agree to the last bit.
+"""
+
+from __future__ import annotations
+
+import random
+from multiprocessing import current_process
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from hpt_mega.config import OptimizerConfig, ParallelConfig
+from tests.megatron.tiny import Policy, build_policy, config, leave_job, save_llama
+from tests.ranks import run_ranks
+
+LAYOUTS = {
+    "tp1": ParallelConfig(1, 1, 1),
+    "pp2": ParallelConfig(1, 2, 1),
+    "tp2": ParallelConfig(2, 1, 1),
+    "dp2": ParallelConfig(1, 1, 2, distributed_optimizer=True),
+}
+ADAM = OptimizerConfig(lr=3e-3, weight_decay=0.1, clip_grad=0.0)
+MOVES = [  # saved in, loaded into
+    ("tp1", "tp1"),
+    ("pp2", "pp2"),
+    ("tp2", "tp2"),
+    ("dp2", "dp2"),
+    ("pp2", "tp2"),
+    ("tp2", "pp2"),
+    ("pp2", "tp1"),
+    ("tp1", "tp2"),
+]
+VARIANTS = ("fp32 untied", "bf16 tied")
+
+Folders = dict[str, Path]  # by variant
+
+
+def policy_in(layout: str, variant: str, folders: Folders) -> Policy:
+    dtype = variant.split()[0]
+    return build_policy(folders[variant], config(LAYOUTS[layout], dtype=dtype, optimizer=ADAM))
+
+
+def step(policy: Policy, seed: int) -> None:
+    from hpt_mega.megatron.optimizer import set_learning_rate
+    from hpt_mega.megatron.step import update
+
+    policy.wrapped.zero_grad_buffer()
+    policy.optimizer.zero_grad()
+    policy.set_gradients(seed)
+    set_learning_rate(policy.optimizer, ADAM.lr / (1 + seed))
+    update(policy.optimizer)
+
+
+def draws() -> list[float]:
+    return [random.random(), float(np.random.rand()), float(torch.rand(()))]
+
+
+def save(layouts: list[str], folders: Folders, states: Path) -> dict[str, Any]:
+    """Two steps, save, one step more: the weights then, and the draws that follow the save."""
+    from hpt_mega.megatron.state import save_state
+
+    current_process()._config["daemon"] = False  # type: ignore[attr-defined]  # saving starts processes
+    found: dict[str, Any] = {}
+    for variant in VARIANTS:
+        for layout in layouts:
+            policy = policy_in(layout, variant, folders)
+            step(policy, 0)
+            step(policy, 1)
+            random.seed(3 + policy.layout.rank)
+            np.random.seed(4 + policy.layout.rank)
+            torch.manual_seed(5 + policy.layout.rank)
+            draws()
+            target = states / f"{layout}-{variant}"
+            target.mkdir(exist_ok=True)
+            save_state(target, policy.model, policy.optimizer, {"step": 2, "name": layout}, policy.layout)
+            saved = policy.weights()
+            drawn = draws()
+            step(policy, 2)
+            found[f"{layout}-{variant}"] = {"saved": saved, "draws": drawn, "next": policy.weights()}
+            leave_job()
+    return found
+
+
+def load(moves: list[tuple[str, str]], folders: Folders, states: Path) -> dict[str, Any]:
+    """The same after loading into a model whose weights, optimizer and random numbers were others."""
+    from hpt_mega.megatron.state import load_state
+
+    found: dict[str, Any] = {}
+    for variant in VARIANTS:
+        for source, target in moves:
+            policy = policy_in(target, variant, folders)
+            step(policy, 7)
+            common = load_state(states / f"{source}-{variant}", policy.model, policy.optimizer, policy.layout)
+            loaded = policy.weights()
+            drawn = draws()
+            step(policy, 2)
+            found[f"{source}-{target}-{variant}"] = {
+                "saved": loaded,
+                "draws": drawn,
+                "next": policy.weights(),
+                "common": common,
+            }
+            leave_job()
+    return found
+
+
+Found = tuple[dict[str, list[dict[str, Any]]], dict[str, list[dict[str, Any]]]]
+
+
+@pytest.fixture(scope="module")
+def saved_and_loaded(tmp_path_factory: pytest.TempPathFactory) -> Found:
+    folders = {
+        variant: save_llama(tmp_path_factory.mktemp("llama"), tied=variant.endswith(" tied"))
+        for variant in VARIANTS
+    }
+    states = tmp_path_factory.mktemp("states")
+    saved: dict[str, list[dict[str, Any]]] = {}
+    loaded: dict[str, list[dict[str, Any]]] = {}
+    for size in (1, 2):
+        layouts = [name for name, layout in LAYOUTS.items() if layout.world_size == size]
+        job = run_ranks(save, size, tmp_path_factory.mktemp("job"), layouts, folders, states)
+        saved |= {key: [rank[key] for rank in job] for key in job[0]}
+    for size in (1, 2):
+        moves = [move for move in MOVES if LAYOUTS[move[1]].world_size == size]
+        job = run_ranks(load, size, tmp_path_factory.mktemp("job"), moves, folders, states)
+        loaded |= {key: [rank[key] for rank in job] for key in job[0]}
+    return saved, loaded
+
+
+def whole(ranks: list[dict[str, Any]], key: str) -> dict[str, Tensor]:
+    """All stages' weights; where two ranks hold one, they agree."""
+    found: dict[str, Tensor] = {}
+    for rank in ranks:
+        for name, tensor in rank[key].items():
+            assert torch.equal(found.setdefault(name, tensor), tensor), name
+    return found
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(("source", "target"), MOVES)
+def test_a_loaded_state_has_the_saved_weights_and_takes_the_same_next_step(
+    source: str, target: str, variant: str, saved_and_loaded: Found
+) -> None:
+    saved, loaded = saved_and_loaded
+    before, after = saved[f"{source}-{variant}"], loaded[f"{source}-{target}-{variant}"]
+    for key in ("saved", "next"):
+        expected, found = whole(before, key), whole(after, key)
+        assert set(found) == set(expected)
+        different = [name for name in expected if not torch.equal(found[name], expected[name])]
+        assert not different, key
+    assert not all(
+        torch.equal(tensor, whole(before, "next")[name]) for name, tensor in whole(before, "saved").items()
+    )
+    for rank in after:
+        assert rank["common"] == {"step": 2, "name": source}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_random_numbers_go_on_on_every_rank(layout: str, saved_and_loaded: Found) -> None:
+    saved, loaded = saved_and_loaded
+    before, after = saved[f"{layout}-bf16 tied"], loaded[f"{layout}-{layout}-bf16 tied"]
+    assert [rank["draws"] for rank in after] == [rank["draws"] for rank in before]
+    assert len({tuple(rank["draws"]) for rank in before}) == len(before)
