@@ -3,7 +3,8 @@
     python bench/agreement.py --out bench/results/agreement.md
 
 Compared are the logits of every position and the gradient of the mean negative log-likelihood of all tokens
-but the first, on three short texts, each parameter after its way back to its Hugging Face name.
+but the first, on three short texts, each parameter after its way back to its Hugging Face name. Transformers in
+fp64 tells whose round-off a difference is.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,9 +52,9 @@ def count_targets() -> int:
     return sum(len(ids) - 1 for ids in token_ids())
 
 
-def write_reference(path: Path) -> None:
-    """Logits of every text [S, V] and the gradient of every parameter, by transformers."""
-    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
+def by_transformers(dtype: torch.dtype) -> dict[str, Any]:
+    """Logits of every text [S, V] and the gradient of every parameter."""
+    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=dtype).eval()
     logits = []
     for ids in token_ids():
         logits_SV = model(torch.tensor([ids])).logits[0]
@@ -60,11 +62,16 @@ def write_reference(path: Path) -> None:
         nll = torch.nn.functional.cross_entropy(logits_SV[:-1], torch.tensor(ids[1:]), reduction="sum")
         (nll / count_targets()).backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    torch.save({"logits": logits, "gradients": gradients}, path)
+    return {"logits": logits, "gradients": gradients}
+
+
+def largest(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """The largest difference, element by element; 0 where a rank holds nothing to compare."""
+    return max((float((a - b).abs().max()) for a, b in zip(found, expected, strict=True)), default=0.0)
 
 
 def differences(parallel: ParallelConfig, reference_path: Path) -> list[float]:
-    """This rank's largest logit difference and largest gradient difference."""
+    """This rank's largest differences: logits from transformers in fp32 and fp64, gradients likewise."""
     from hpt_mega.checkpoint.weights import load_hf, own_entries
     from hpt_mega.data.packing import collate
     from hpt_mega.megatron import runtime
@@ -88,23 +95,21 @@ def differences(parallel: ParallelConfig, reference_path: Path) -> list[float]:
     demonstrations = [Trajectory(ids[i][:1], ids[i][1:], i, Source.OFFLINE, 0) for i in mine]
     microbatches = [collate([t], [1.0]) for t in demonstrations]
     microbatches += [collate([], [])] * (slots - len(mine))
-    reference = torch.load(reference_path, mmap=True)
-
-    logit_difference = torch.zeros(())
     objective = LogitsToo(Objective(algorithm("sft"), float(count_targets()), 1.0, shape.vocab_size), [])
     wrapped.zero_grad_buffer()
     forward_backward(wrapped, microbatches, objective, layout)
-    for index, logits_SV in zip(mine, objective.logits, strict=False):
-        gap = (logits_SV[:, : shape.vocab_size] - reference["logits"][index]).abs().max()
-        logit_difference = torch.maximum(logit_difference, gap)
-    gradient_difference = 0.0
+    held = mine if layout.is_last_stage else []
+    logits = [logits_SV[:, : shape.vocab_size] for logits_SV in objective.logits]
+    gradients: dict[str, Tensor] = {}
     for entry, parameter in own_entries(model, family, shape):
         whole = gather(parameter.main_grad, layout)  # type: ignore[attr-defined]
-        for name, gradient in zip(entry.hf, entry.fusion.merge(whole, shape), strict=True):
-            gap = (gradient - reference["gradients"][name]).abs().max()
-            gradient_difference = max(gradient_difference, float(gap))
+        gradients |= dict(zip(entry.hf, entry.fusion.merge(whole, shape), strict=True))
     runtime.shutdown()
-    return [float(logit_difference), gradient_difference]
+    references = torch.load(reference_path, mmap=True)
+    return [
+        *(largest(logits, [r["logits"][i] for i in held]) for r in references),
+        *(largest(list(gradients.values()), [r["gradients"][n] for n in gradients]) for r in references),
+    ]
 
 
 def gather(part: Tensor, layout: Any) -> list[Tensor]:
@@ -128,19 +133,19 @@ class LogitsToo:
         return self._objective(microbatch, model, hidden_SBH, layout)
 
 
-def table(rows: dict[str, tuple[float, float]], reference_path: Path) -> str:
-    reference = torch.load(reference_path, mmap=True)
-    largest_logit = max(float(logits.abs().max()) for logits in reference["logits"])
-    largest_gradient = max(float(g.abs().max()) for g in reference["gradients"].values())
+def table(rows: dict[str, list[float]], largest_logit: float, largest_gradient: float) -> str:
+    lengths = ", ".join(str(len(ids)) for ids in token_ids())
     lines = [
-        "# Agreement with transformers in fp32",
+        "# Agreement with transformers",
         "",
-        f"SmolLM2-135M-Instruct on three texts of {', '.join(str(len(ids)) for ids in token_ids())} tokens; "
-        f"the largest logit is {largest_logit:.1f}, the largest gradient {largest_gradient:.2f}.",
+        f"SmolLM2-135M-Instruct in fp32 on three texts of {lengths} tokens. The largest logit is "
+        f"{largest_logit:.1f}, the largest gradient {largest_gradient:.2f}; the numbers are the largest "
+        "differences of all elements.",
         "",
-        "| layout | largest logit difference | largest SFT-gradient difference |",
-        "|---|---|---|",
-        *(f"| {name} | {logit:.1e} | {gradient:.1e} |" for name, (logit, gradient) in rows.items()),
+        "| layout | logits, from transformers fp32 | logits, from fp64 | SFT gradient, from transformers fp32 "
+        "| SFT gradient, from fp64 |",
+        "|---|---|---|---|---|",
+        *(f"| {name} | {' | '.join(f'{value:.1e}' for value in row)} |" for name, row in rows.items()),
     ]
     return "\n".join(lines) + "\n"
 
@@ -151,14 +156,22 @@ def main() -> None:
     out = parser.parse_args().out
     with tempfile.TemporaryDirectory() as folder:
         reference_path = Path(folder) / "reference.pt"
-        write_reference(reference_path)
-        rows = {}
+        single, double = by_transformers(torch.float32), by_transformers(torch.float64)
+        torch.save((single, double), reference_path)
+        names = list(double["gradients"])
+        own_logits = largest(single["logits"], double["logits"])
+        own_gradients = largest(*([r["gradients"][n] for n in names] for r in (single, double)))
+        rows = {"transformers fp32": [0.0, own_logits, 0.0, own_gradients]}
         for name, parallel in LAYOUTS.items():
             job = Path(folder) / name
             job.mkdir()
             ranks = run_ranks(differences, parallel.world_size, job, parallel, reference_path)
-            rows[name] = (max(rank[0] for rank in ranks), max(rank[1] for rank in ranks))
-        text = table(rows, reference_path)
+            rows[name] = [max(values) for values in zip(*ranks, strict=True)]
+    logit, gradient = (
+        max(float(tensor.abs().max()) for tensor in tensors)
+        for tensors in (double["logits"], double["gradients"].values())
+    )
+    text = table(rows, logit, gradient)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(text)
     print(text)

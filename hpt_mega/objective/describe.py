@@ -38,7 +38,7 @@ _READS: dict[str, tuple[str, ...]] = {  # the options a part reads; a part that 
     "group_norm": ("std_eps",),
     "joint_group_norm": ("std_eps",),
     "batch_norm": ("std_eps",),
-    "gae": ("gae_gamma", "gae_lambda", "clip_value"),
+    "gae": ("gae_gamma", "gae_lambda"),
     "preference": ("beta",),
     "constant": ("length",),
 }

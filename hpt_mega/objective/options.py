@@ -16,7 +16,6 @@ class Options:
     correction_high: float = 2.0  # ... above which they drop it, and at which truncated ones cap it
     reject_low: float = 0.5  # the same interval for the reject_ corrections, which only keep or drop
     reject_high: float = 2.0
-    clip_value: float = 0.2  # PPO's value loss: how far a value may move from the old one
     entropy_sft: float = 0.5  # SRFT: weight of the demonstration's SFT term at entropy 0
     entropy_rl: float = 0.1  # ... and of rollouts with a positive advantage
     shaping_gamma: float = 0.1  # LUFFY's x / (x + gamma)

@@ -54,7 +54,7 @@ def uneven(parts: int, seed: int, pairs: bool) -> list[Tensor]:
 
 
 def moved_by_split(name: str, parts: int, seed: int) -> tuple[float, float]:
-    """(|change of the loss|, max |change of a parameter's gradient|), fp32, from one micro-batch to `parts`."""
+    """(|change of the loss|, max |change of a parameter's gradient|) from 1 micro-batch to more, in fp32."""
     options = {"kl_coef": 0.05, "entropy_coef": 0.01}
     estimator = algorithm(name, **options)
     if estimator.row.aggregation == "constant":

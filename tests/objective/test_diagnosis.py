@@ -30,7 +30,7 @@ def test_the_true_gradient_is_that_of_finite_differences() -> None:
 
     def expected_reward(step: float) -> float:
         probability_QS = world.logp(world.theta + step * direction).sum(2).exp()
-        return float((probability_QS * world.reward_QS).sum(1).mean())
+        return (probability_QS * world.reward_QS).sum(1).mean().item()
 
     slope = (expected_reward(1e-5) - expected_reward(-1e-5)) / 2e-5
     assert float(world.true_gradient() @ direction.flatten()) == pytest.approx(slope, rel=1e-6)
@@ -111,3 +111,10 @@ def test_the_command_writes_a_table_and_a_plot(tmp_path: Path, capsys: pytest.Ca
 def test_a_wrong_option_is_refused(option: str, value: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["diagnose-gradient", "--rows", "grpo", option, value]) == 2
     assert "error:" in capsys.readouterr().err
+
+
+def test_the_verb_has_help_with_an_example(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["diagnose-gradient", "--help"])
+    assert end.value.code == 0
+    assert "example: hpt diagnose-gradient" in capsys.readouterr().out
