@@ -3,8 +3,8 @@
     python bench/agreement.py --out bench/results/agreement.md
 
 Compared are the logits of every position and the gradient of the mean negative log-likelihood of all tokens
-but the first, on three short texts, each parameter after its way back to its Hugging Face name. Transformers in
-fp64 tells whose round-off a difference is.
+but the first, on three short texts, each parameter after its way back to its Hugging Face name.
+Transformers in fp64 tells whose round-off a difference is.
 """
 
 from __future__ import annotations
@@ -142,8 +142,8 @@ def table(rows: dict[str, list[float]], largest_logit: float, largest_gradient: 
         f"{largest_logit:.1f}, the largest gradient {largest_gradient:.2f}; the numbers are the largest "
         "differences of all elements.",
         "",
-        "| layout | logits, from transformers fp32 | logits, from fp64 | SFT gradient, from transformers fp32 "
-        "| SFT gradient, from fp64 |",
+        "| layout | logits, from transformers fp32 | logits, from fp64 "
+        "| SFT gradient, from transformers fp32 | SFT gradient, from fp64 |",
         "|---|---|---|---|---|",
         *(f"| {name} | {' | '.join(f'{value:.1e}' for value in row)} |" for name, row in rows.items()),
     ]

@@ -35,6 +35,7 @@ SETTINGS = (
     "trainer.tokens_per_microbatch=400",
     "trainer.save_every=2",
     "trainer.deterministic=true",
+    "trainer.keep_checkpoints=1",  # a gigabyte each
     "optimizer.lr=1e-4",
 )
 DEADLINE_S = 240.0
