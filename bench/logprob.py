@@ -92,6 +92,7 @@ def peak_memory() -> tuple[int, int]:
 
 def child(options: argparse.Namespace) -> None:
     """Run one path once, as one of `ranks` processes, and print its figures as JSON."""
+    Path("/proc/self/oom_score_adj").write_text("1000")  # where memory runs out, this process goes first
     torch.set_num_threads(max(1, options.threads // options.ranks))
     if options.ranks > 1:
         dist.init_process_group("gloo", rank=options.rank, world_size=options.ranks)

@@ -75,6 +75,8 @@ class TaskConfig:
 @dataclass
 class DataConfig:
     tasks: list[TaskConfig] = field(default_factory=list)
+    train_file: str = ""  # JSON lines with prompt, answer, demonstration, rejected; in place of the tasks
+    heldout_file: str = ""
     train_questions: int = 2000
     heldout_questions: int = 192
     max_prompt_tokens: int = 256

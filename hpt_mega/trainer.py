@@ -60,8 +60,14 @@ class Trainer:
         questions = self.loader.next_batch(self.step)
         rollouts = self.generate(questions)
         rewarded = self.reward(questions, rollouts)
-        pairs = self.learner.estimator.trains_on_pairs
-        plan = schedule(rewarded, questions, self.gate, policy_version=self.step, pairs=pairs)
+        plan = schedule(
+            rewarded,
+            questions,
+            self.gate,
+            policy_version=self.step,
+            pairs=self.learner.estimator.trains_on_pairs,
+            first_group=self.layout.dp_rank * len(questions),
+        )
         metrics = self.learn(plan.trajectories)
         self.step += 1
         with self.timer.phase("sync"):
@@ -71,6 +77,8 @@ class Trainer:
     def generate(self, questions: Sequence[Question]) -> list[list[Sample]]:
         """n samples of the current policy for each question; seeds follow from the step alone."""
         rollout = self.cfg.rollout
+        if rollout.rollouts_per_question == 0:
+            return [[] for _ in questions]
         seed = hash((self.cfg.seed, self.step, self.layout.dp_rank)) % 2**63
         sampling = SamplingParams(
             n=rollout.rollouts_per_question,
@@ -177,11 +185,16 @@ class Trainer:
             ]
         )
         reward, count, pass_rate, sft, questions, tokens_rollout, trained = sums
+        sampled: Metrics = {}
+        if count:
+            sampled = {
+                "reward": reward / count,
+                "pass_rate": pass_rate / questions,
+                "response_length": tokens_rollout / count,
+            }
         return {
-            "reward": reward / count,
-            "pass_rate": pass_rate / questions,
+            **sampled,
             "sft_fraction": sft / questions,
-            "response_length": tokens_rollout / count,
             "tokens_rollout": tokens_rollout,
             "trajectories": trained,
             "policy_version": self.step,

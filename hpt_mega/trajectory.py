@@ -28,6 +28,7 @@ class Question:
     demonstration: str
     prompt_tokens: tuple[int, ...]
     demonstration_tokens: tuple[int, ...]  # ends with the stop token
+    rejected_tokens: tuple[int, ...] = ()  # a response the demonstration is preferred to; ends likewise
 
 
 @dataclass(frozen=True)

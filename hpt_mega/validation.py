@@ -79,14 +79,14 @@ def _numbers(cfg: Config) -> Problems:
     above_zero = (
         "parallel.tp parallel.pp parallel.dp data.train_questions data.heldout_questions "
         "data.max_prompt_tokens data.max_demonstration_tokens reward.workers reward.deadline_s "
-        "rollout.rollouts_per_question rollout.max_new_tokens rollout.max_sequences rollout.top_p "
-        "optimizer.lr critic.lr critic.clip trainer.steps trainer.updates_per_step "
-        "trainer.questions_per_step trainer.tokens_per_microbatch trainer.keep_checkpoints "
-        "trainer.deadline_s"
+        "rollout.max_new_tokens rollout.max_sequences rollout.top_p optimizer.lr critic.lr critic.clip "
+        "trainer.steps trainer.updates_per_step trainer.questions_per_step trainer.tokens_per_microbatch "
+        "trainer.keep_checkpoints trainer.deadline_s"
     )
     at_least_zero = (
-        "rollout.temperature optimizer.warmup_steps optimizer.weight_decay optimizer.clip_grad "
-        "optimizer.beta1 optimizer.beta2 optimizer.min_lr_ratio trainer.eval_every trainer.save_every"
+        "rollout.rollouts_per_question rollout.temperature optimizer.warmup_steps optimizer.weight_decay "
+        "optimizer.clip_grad optimizer.beta1 optimizer.beta2 optimizer.min_lr_ratio trainer.eval_every "
+        "trainer.save_every"
     )
     for key in above_zero.split():
         if not (value := attrgetter(key)(cfg)) > 0:
@@ -112,7 +112,11 @@ def _names(cfg: Config) -> Problems:
     ):
         if value not in known:
             yield f"{key} is {value!r}, expected {' or '.join(known)}"
-    if not cfg.data.tasks:
+    files = {"data.train_file": cfg.data.train_file, "data.heldout_file": cfg.data.heldout_file}
+    for key, file in files.items():
+        if file and not Path(file).is_file():
+            yield f"{key}={file}: no such file (looked for {Path(file).absolute()})"
+    if not cfg.data.tasks and not all(files.values()):
         yield "data.tasks is empty; name a task, or choose a group such as data=demo"
     for index, task in enumerate(cfg.data.tasks):
         if task.name not in WRITERS:
@@ -205,13 +209,18 @@ def _objective(cfg: Config) -> Problems:
     row = estimator.row
     alpha, beta = weigh(torch.linspace(0, 1, max(n, 1) + 1, dtype=torch.float64))
     yield from _gate_fits(row, bool((alpha > 0).any()), bool((beta > 0).any()), cfg.gate.name)
+    if n == 0 and bool(weigh(torch.zeros(1))[0]):
+        yield (
+            f"rollout.rollouts_per_question is 0 and gate {cfg.gate.name!r} keeps the rollouts of unsolved "
+            "questions; set gate=demonstrations, or sample at least 1"
+        )
     if (
         n == 1
         and bool((alpha > 0).any())
         and row.parts.advantage in ("group_mean", "group_norm", "leave_one_out", "preference")
     ):
         yield (
-            f"algorithm={row.name} compares the rollouts of a question and rollout.rollouts_per_question "
+            f"algorithm={row.name} compares the rollouts of a question and "
             "is 1: there is nothing to compare; set at least 2"
         )
 

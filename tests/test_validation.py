@@ -60,6 +60,8 @@ def test_the_default_config_and_every_algorithm_are_accepted(
         (("algorithm=sft", "gate=switch"), "set gate=demonstrations"),
         (("trainer.updates_per_step=17",), "a replica has 16 questions a step"),
         (("rollout.rollouts_per_question=1",), "there is nothing to compare"),
+        (("algorithm=grpo", "rollout.rollouts_per_question=0"), "set gate=demonstrations, or sample"),
+        (("data.train_file=absent.jsonl",), "data.train_file=absent.jsonl: no such file"),
         (("algorithm=dpo", "rollout.rollouts_per_question=1"), "there is nothing to compare"),
     ],
 )

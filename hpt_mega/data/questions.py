@@ -1,4 +1,4 @@
-"""Questions with demonstrations from reasoning-gym, as text and tokens, split into train and held-out.
+"""Questions with demonstrations, from reasoning-gym or files, as text and tokens, for training and held out.
 
 How a demonstration is worked out is in demonstrations.py, in which order questions are served in loader.py.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import reasoning_gym
@@ -15,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hpt_mega.config import DataConfig, TaskConfig
 from hpt_mega.data.demonstrations import WRITERS, demonstration
+from hpt_mega.data.files import read_records
 from hpt_mega.trajectory import Question
 
 DRAWS_PER_QUESTION = 30  # entries drawn at most for each question wanted, before a task counts as exhausted
@@ -29,22 +31,18 @@ class QuestionSet:
 
 
 def load_questions(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> QuestionSet:
-    """The mixture config.tasks, the same for the same config and tokenizer on every machine.
+    """The questions of the files, where files are named, and else of the mixture config.tasks.
 
-    Raises ValueError where the mixture is empty, the tokenizer has no chat template or stop token, a task
-    cannot supply enough distinct questions, or more than half of its prompts are too long.
+    The same for the same config and tokenizer on every machine. Raises ValueError where there are none, the
+    tokenizer has no chat template or stop token, a task or file cannot supply enough distinct questions, or
+    more than half of a task's prompts are too long.
     """
     _check(config, tokenizer)
-    train_share = _shares(config.train_questions, config.tasks)
-    heldout_share = _shares(config.heldout_questions, config.tasks)
-    train: list[Question] = []
-    heldout: list[Question] = []
-    seen: set[str] = set()
-    for index, task in enumerate(config.tasks):
-        wanted = train_share[index] + heldout_share[index]
-        questions = _draw(task, index, wanted, config, tokenizer, seen)
-        heldout += questions[: heldout_share[index]]
-        train += questions[heldout_share[index] :]
+    train, heldout = _generate(config, tokenizer)
+    if config.train_file:
+        train = _read(Path(config.train_file), config.train_questions, config, tokenizer)
+    if config.heldout_file:
+        heldout = _read(Path(config.heldout_file), config.heldout_questions, config, tokenizer)
     # Mixed once here, so that any prefix of the held-out set is a fair sample of the mixture.
     random.Random(config.seed).shuffle(heldout)
     random.Random(config.seed + 1).shuffle(train)
@@ -56,13 +54,54 @@ def load_questions(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Qu
     return QuestionSet(train, heldout)
 
 
+def _generate(
+    config: DataConfig, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[Question], list[Question]]:
+    """(train, held-out) questions of the tasks; none of a part that a file supplies."""
+    train_share = _shares(0 if config.train_file else config.train_questions, config.tasks)
+    heldout_share = _shares(0 if config.heldout_file else config.heldout_questions, config.tasks)
+    train: list[Question] = []
+    heldout: list[Question] = []
+    seen: set[str] = set()
+    for index, task in enumerate(config.tasks):
+        wanted = train_share[index] + heldout_share[index]
+        questions = _draw(task, index, wanted, config, tokenizer, seen)
+        heldout += questions[: heldout_share[index]]
+        train += questions[heldout_share[index] :]
+    return train, heldout
+
+
+def _read(path: Path, wanted: int, config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> list[Question]:
+    """The first `wanted` distinct questions of a file whose prompts are short enough."""
+    questions: dict[str, Question] = {}
+    long_prompts = 0
+    for number, record in enumerate(read_records(path)):
+        if len(questions) == wanted:
+            break
+        task = record.task or path.stem
+        texts = _Texts(record.prompt.strip(), record.answer, record.demonstration, record.rejected)
+        question = _question(f"{path.stem}-{number}", task, texts, config, tokenizer)
+        if len(question.prompt_tokens) > config.max_prompt_tokens:
+            long_prompts += 1
+        else:
+            questions.setdefault(normalised(question.prompt), question)
+    if long_prompts:
+        print(f"data: {path}: dropped {long_prompts} prompts above {config.max_prompt_tokens} tokens")
+    if len(questions) < wanted:
+        raise ValueError(
+            f"{path} has {len(questions)} distinct usable questions, {wanted} are wanted; lower "
+            "data.train_questions or data.heldout_questions"
+        )
+    return list(questions.values())
+
+
 def normalised(text: str) -> str:
     """The text by which two questions count as the same: white space and letter case do not matter."""
     return " ".join(text.split()).casefold()
 
 
 def _check(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-    if not config.tasks:
+    if not config.tasks and not (config.train_file and config.heldout_file):
         raise ValueError("data.tasks is empty; name at least one task, or choose a group such as data=demo")
     for task in config.tasks:
         if not task.weight > 0:
@@ -113,10 +152,12 @@ def _draw(
             continue
         drawn += 1
         try:
-            question = _question(f"{label}-{len(questions)}", task, entry, config, tokenizer)
+            solution = demonstration(task.name, entry)
         except ValueError:  # reasoning-gym's own solution does not end in its answer
             unusable += 1
             continue
+        texts = _Texts(entry["question"].strip(), entry["answer"], solution)
+        question = _question(f"{label}-{len(questions)}", label, texts, config, tokenizer)
         if len(question.prompt_tokens) > config.max_prompt_tokens:
             long_prompts += 1
         elif len(question.demonstration_tokens) > config.max_demonstration_tokens:
@@ -147,29 +188,34 @@ def _entries(task: TaskConfig, seed: int, wanted: int) -> Iterator[dict[str, Any
         yield dataset[i]
 
 
+@dataclass(frozen=True)
+class _Texts:
+    prompt: str
+    answer: str
+    demonstration: str
+    rejected: str = ""
+
+
 def _question(
-    identifier: str,
-    task: TaskConfig,
-    entry: dict[str, Any],
-    config: DataConfig,
-    tokenizer: PreTrainedTokenizerBase,
+    identifier: str, task: str, texts: _Texts, config: DataConfig, tokenizer: PreTrainedTokenizerBase
 ) -> Question:
-    prompt = entry["question"].strip()
-    messages = [{"role": "user", "content": prompt}]
+    messages = [{"role": "user", "content": texts.prompt}]
     if config.instruction:
         # As the system message it takes the place of a template's default one: one preamble to read, not two.
         messages.insert(0, {"role": "system", "content": config.instruction})
     text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    solution = demonstration(task.name, entry)
+
+    def response(words: str) -> tuple[int, ...]:
+        tokens = tokenizer(words, add_special_tokens=False).input_ids if words else []
+        return (*tokens, tokenizer.eos_token_id) if words else ()
+
     return Question(
         id=identifier,
-        task=task.label or task.name,
-        prompt=prompt,
-        answer=entry["answer"],
-        demonstration=solution,
+        task=task,
+        prompt=texts.prompt,
+        answer=texts.answer,
+        demonstration=texts.demonstration,
         prompt_tokens=tuple(tokenizer(text, add_special_tokens=False).input_ids),
-        demonstration_tokens=(
-            *tokenizer(solution, add_special_tokens=False).input_ids,
-            tokenizer.eos_token_id,
-        ),
+        demonstration_tokens=response(texts.demonstration),
+        rejected_tokens=response(texts.rejected),
     )

@@ -96,8 +96,8 @@ class Objective:
 def forward_backward(
     model: DistributedDataParallel, microbatches: Sequence[MicroBatch], loss: Loss, layout: Layout
 ) -> Metrics:
-    """Accumulate the gradient of the loss over this rank's micro-batches; every rank of the job calls it with
-    equally many. Returns sums and maxima over the whole job."""
+    """Accumulate the gradient of the loss over this rank's micro-batches; every rank of the job calls it
+    with equally many. Returns sums and maxima over the whole job."""
     forward = partial(_forward, read=partial(_with_token_count, loss), layout=layout)
     return _reduce(_run_schedule(model, microbatches, forward, forward_only=False), layout)
 

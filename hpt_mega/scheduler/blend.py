@@ -35,32 +35,38 @@ def schedule(
     gate: Callable[[Tensor], tuple[Tensor, Tensor]],
     policy_version: int,
     pairs: bool = False,
+    first_group: int = 0,
 ) -> Schedule:
     """Weigh the rollouts of each question by alpha(P), and add its demonstration with weight beta(P).
 
-    trajectories: the rewarded rollouts of each question, in the order of `questions`. A weight of 0 leaves
-    the trajectories out. Rollouts keep their order; a demonstration follows those of its question.
+    trajectories: the rewarded rollouts of each question, in the order of `questions`, which are the groups
+    from `first_group` on. A weight of 0 leaves the trajectories out. Rollouts keep their order; a
+    demonstration follows those of its question. Where no question was sampled, all count as never solved.
     pairs: keep only the best and the worst of each question, as a pair; a question where all are alike has
-    none (DPO, arXiv 2305.18290).
+    none (DPO, arXiv 2305.18290). A demonstration brings the response it is preferred to, where there is one.
 
     Raises ValueError, naming the question, where one has no rollouts or lacks a demonstration it needs.
     """
     if len(trajectories) != len(questions):
         raise ValueError(f"got rollouts for {len(trajectories)} questions and {len(questions)} questions")
     for question, rollouts in zip(questions, trajectories, strict=True):
-        if not rollouts:
+        if not rollouts and any(trajectories):
             raise ValueError(
                 f"question {question.id!r} has no rollouts, so no pass rate; sample at least one"
             )
-    rates = [sum(rollout.reward for rollout in rollouts) / len(rollouts) for rollouts in trajectories]
+    rates = [sum(rollout.reward for rollout in rollouts) / max(1, len(rollouts)) for rollouts in trajectories]
     pass_rate = torch.tensor(rates, dtype=torch.float64)
     alpha, beta = gate(pass_rate)
     blended: list[Trajectory] = []
-    for question, rollouts, a, b in zip(questions, trajectories, alpha.tolist(), beta.tolist(), strict=True):
+    weights = zip(questions, trajectories, alpha.tolist(), beta.tolist(), strict=True)
+    for group, (question, rollouts, a, b) in enumerate(weights, start=first_group):
         if a > 0:
             blended += [rollout.with_weight(a) for rollout in rollouts]
         if b > 0:
-            blended.append(demonstration(question, rollouts[0].group, policy_version, weight=b))
+            better = demonstration(question, group, policy_version, weight=b)
+            blended.append(better)
+            if pairs and question.rejected_tokens:
+                blended.append(replace(better, response_tokens=question.rejected_tokens, reward=0.0))
     return Schedule(best_and_worst(blended) if pairs else blended, pass_rate, alpha, beta)
 
 

@@ -62,12 +62,9 @@ class Terminal:
         self._walls.append(wall)
         rate = (record["tokens_rollout"] + record["tokens_trained"]) / wall if wall > 0 else 0.0
         left = duration(statistics.median(self._walls) * (self._steps - step))
-        numbers = [
-            f"reward {record['reward']:.3f}",
-            f"pass {percent(record['pass_rate'], 0)}",
-            f"SFT {percent(record['sft_fraction'], 0)}",
-            f"{rate:,.0f} tok/s",
-        ]
+        numbers = [f"SFT {percent(record['sft_fraction'], 0)}", f"{rate:,.0f} tok/s"]
+        if "reward" in record:  # not where a run takes no rollouts
+            numbers = [f"reward {record['reward']:.3f}", f"pass {percent(record['pass_rate'], 0)}", *numbers]
         if self._bar:
             description = "  ".join([*numbers, f"left {left}"])
             self._bar.update(self._bar.task_ids[0], completed=step, description=description, refresh=True)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -152,3 +154,34 @@ def test_impossible_mixtures_are_refused(
 def test_a_task_without_demonstrations_is_refused_by_name(tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(ValueError, match="no demonstrations are known for 'spell_backward'"):
         load_questions(config(TaskConfig("spell_backward")), tokenizer)
+
+
+def test_a_file_takes_the_place_of_the_tasks_and_brings_rejected_responses(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    lines = [
+        {"prompt": f"{i} + 1?", "answer": str(i + 1), "demonstration": f"{i + 1}", "rejected": f"{i}"}
+        for i in (1, 2, 3, 3, 4)
+    ]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("\n".join(json.dumps(line) for line in [{"prompt": "long " * 200}, *lines]))
+    wanted = replace(config(EASY, train=4, heldout=7), train_file=str(path))
+    questions = load_questions(wanted, tokenizer)
+    assert sorted(question.prompt for question in questions.train) == [f"{i} + 1?" for i in (1, 2, 3, 4)]
+    assert {question.task for question in questions.train} == {"pairs"}
+    assert {question.task for question in questions.heldout} == {"easy"}
+    third = next(question for question in questions.train if question.prompt == "3 + 1?")
+    assert tokenizer.decode(third.rejected_tokens) == "3<e>"
+    assert tokenizer.decode(third.demonstration_tokens) == "4<e>"
+    with pytest.raises(ValueError, match="has 4 distinct usable questions, 5 are wanted"):
+        load_questions(replace(wanted, train_questions=5), tokenizer)
+
+
+def test_a_question_of_a_file_may_lack_demonstration_and_rejected(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    path = tmp_path / "questions.jsonl"
+    path.write_text('{"prompt": "1 + 1?", "answer": "2"}')
+    questions = load_questions(replace(config(EASY, train=1, heldout=3), train_file=str(path)), tokenizer)
+    (only,) = questions.train
+    assert (only.demonstration_tokens, only.rejected_tokens) == ((), ())
