@@ -150,7 +150,7 @@ def wait_for_memory(path: str, options: argparse.Namespace) -> None:
 
     Raises TimeoutError after the deadline.
     """
-    copies = 0.4 if path.startswith("ours") else 1.2 if path == "products" else 2.2
+    copies = 0.4 if path.startswith("ours") else 1.2 if path == "products" else 3.2
     needed = copies * options.tokens * options.vocab * 4 + 2 * GIB
     until = time.monotonic() + options.deadline
     while psutil.virtual_memory().available < needed:

@@ -209,6 +209,11 @@ def _objective(cfg: Config) -> Problems:
     row = estimator.row
     alpha, beta = weigh(torch.linspace(0, 1, max(n, 1) + 1, dtype=torch.float64))
     yield from _gate_fits(row, bool((alpha > 0).any()), bool((beta > 0).any()), cfg.gate.name)
+    if estimator.penalises_reward and estimator.trains_on_pairs:
+        yield (
+            f"algorithm={row.name} compares two responses and sees no rewards: kl_in=reward has no meaning "
+            "there; its beta already holds the policy near the reference model"
+        )
     if n == 0 and bool(weigh(torch.zeros(1))[0]):
         yield (
             f"rollout.rollouts_per_question is 0 and gate {cfg.gate.name!r} keeps the rollouts of unsolved "

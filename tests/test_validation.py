@@ -25,9 +25,7 @@ def problems(*overrides: str) -> str:
     return ""
 
 
-def test_the_default_config_and_every_algorithm_are_accepted(
-    model_folder: MakeModel, tmp_path: Path
-) -> None:
+def test_the_default_config_and_every_algorithm_are_accepted(model_folder: MakeModel, tmp_path: Path) -> None:
     fixed = (f"model.path={model_folder()}", f"run_dir={tmp_path}/run")
     assert problems(*fixed) == ""
     for row in rows():
@@ -61,6 +59,7 @@ def test_the_default_config_and_every_algorithm_are_accepted(
         (("trainer.updates_per_step=17",), "a replica has 16 questions a step"),
         (("rollout.rollouts_per_question=1",), "there is nothing to compare"),
         (("algorithm=grpo", "rollout.rollouts_per_question=0"), "set gate=demonstrations, or sample"),
+        (("algorithm=dpo", "algorithm.kl_coef=0.1", "algorithm.kl_in=reward"), "kl_in=reward has no meaning"),
         (("data.train_file=absent.jsonl",), "data.train_file=absent.jsonl: no such file"),
         (("algorithm=dpo", "rollout.rollouts_per_question=1"), "there is nothing to compare"),
     ],

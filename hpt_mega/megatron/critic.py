@@ -25,7 +25,7 @@ from hpt_mega.megatron.optimizer import (
 )
 from hpt_mega.megatron.runtime import Layout
 from hpt_mega.megatron.step import Metrics, forward_backward, score, update
-from hpt_mega.objective import Estimator
+from hpt_mega.objective import Estimator, TokenBatch
 from hpt_mega.objective.value import gae, value_loss
 
 
@@ -99,6 +99,12 @@ def _value_loss(
     if old_BT is None:  # an inert micro-batch
         return (values_BT.sum() + hidden_SBH.sum()) * 0.0, {"sum/tokens": 0.0, "sum/value_loss": 0.0}
     options = estimator.row.options
-    _, returns_BT = gae(microbatch.reward_B, old_BT, mask_BT, options.gae_gamma, options.gae_lambda)
+    penalty_BT = None
+    if estimator.penalises_reward:
+        old_logp_BT, ref_logp_BT = microbatch.old_logp_BT, microbatch.ref_logp_BT
+        assert old_logp_BT is not None  # learner.py has scored both
+        penalty_BT = estimator.kl_penalty(TokenBatch(logp=old_logp_BT, mask=mask_BT, ref_logp=ref_logp_BT))
+    reward_B = microbatch.reward_B
+    _, returns_BT = gae(reward_B, old_BT, mask_BT, options.gae_gamma, options.gae_lambda, penalty_BT)
     loss = value_loss(values_BT, old_BT, returns_BT, mask_BT, clip) / denominator
     return loss, {"sum/tokens": float(mask_BT.sum()), "sum/value_loss": float(loss)}

@@ -64,7 +64,7 @@ class Learner:
     def _score(self, trajectories: Sequence[Trajectory]) -> list[Trajectory]:
         """The trajectories with the log-probabilities and values that the algorithm needs beforehand."""
         scored = list(trajectories)
-        if self.cfg.trainer.updates_per_step > 1:
+        if self.cfg.trainer.updates_per_step > 1 or self.estimator.penalises_reward:
             found = self._per_token(scored, self._logp_under(self.policy.module))
             scored = [replace(t, old_logp=logp) for t, logp in zip(scored, found, strict=True)]
         if self.reference is not None:
@@ -174,20 +174,30 @@ class Learner:
             return None
         if not trajectories:
             return []
+        batch = self._token_batch(collate(trajectories))
         advantages: list[float] = self.estimator.advantages(
             torch.tensor([t.reward for t in trajectories], dtype=torch.float64),
-            torch.tensor([t.group for t in trajectories]),
-            torch.tensor([int(t.source) for t in trajectories]),
+            batch.require("group", "the advantage"),
+            batch.source,
+            self.estimator.kl_penalty(batch).sum(1) if self.estimator.penalises_reward else None,
         ).tolist()
         return advantages
 
     def _denominator(self, trajectories: Sequence[Trajectory]) -> float:
         if not trajectories:
             return 0.0
-        batch = collate(trajectories)
-        blank = torch.zeros(batch.mask_BT.shape)
-        return self.estimator.denominator(
-            TokenBatch(logp=blank, mask=batch.mask_BT, group=batch.group_B, source=batch.source_B)
+        return self.estimator.denominator(self._token_batch(collate(trajectories)))
+
+    @staticmethod
+    def _token_batch(batch: MicroBatch) -> TokenBatch:
+        """What is known of the trajectories before their log-probabilities are computed."""
+        return TokenBatch(
+            logp=torch.zeros(batch.mask_BT.shape),
+            mask=batch.mask_BT,
+            old_logp=batch.old_logp_BT,
+            ref_logp=batch.ref_logp_BT,
+            group=batch.group_B,
+            source=batch.source_B,
         )
 
 

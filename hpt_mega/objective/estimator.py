@@ -105,6 +105,11 @@ class Estimator:
         return self.trains_on_pairs or self.row.options.kl_coef != 0
 
     @property
+    def penalises_reward(self) -> bool:
+        """Whether the KL to the reference model is subtracted from the rewards (kl_in=reward)."""
+        return penalises_reward(self.row.options)
+
+    @property
     def needs_values(self) -> bool:
         """Whether TokenBatch.values have to be given."""
         return "gae" in self._advantage_names
@@ -118,7 +123,7 @@ class Estimator:
 
         Raises ValueError where it is needed and ref_logp is not given.
         """
-        if not penalises_reward(self.row.options):
+        if not self.penalises_reward:
             return torch.zeros_like(batch.logp).detach()
         return kl_penalty(batch, self.row.options)
 
@@ -131,7 +136,7 @@ class Estimator:
         tokens, with kl_in=reward. Each value, repeated over the tokens, is a row of TokenBatch.advantage.
         Raises ValueError where a row's advantage is not one number a sequence, for NaN, and for a missing kl.
         """
-        if kl is None and penalises_reward(self.row.options):
+        if kl is None and self.penalises_reward:
             raise ValueError("kl_in 'reward' needs kl, the sums of Estimator.kl_penalty over the tokens")
         reward = reward if kl is None else reward - kl
         reward = reward.to(torch.promote_types(reward.dtype, torch.float32))

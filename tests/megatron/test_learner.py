@@ -82,7 +82,7 @@ def config(parallel: ParallelConfig, updates: int) -> Config:
     )
 
 
-def learn(folder: Path, name: str, options: dict[str, float], updates: int) -> list[dict[str, Any]]:
+def learn(folder: Path, name: str, options: dict[str, Any], updates: int) -> list[dict[str, Any]]:
     """For each layout: what learning from the trajectories once returned, and the gradient it left."""
     from hpt_mega.megatron.critic import ValueModel, build_critic
     from hpt_mega.megatron.learner import Learner
@@ -201,10 +201,45 @@ def test_a_ppo_update_has_the_gradients_of_its_published_losses(folder: Path, tm
         assert found[0][place]["metrics"]["value_loss"] == pytest.approx(critic_loss.item(), rel=1e-4)
 
 
-def brute_force_gae(values: list[float], reward: float) -> Tensor:
+@pytest.mark.parametrize("name", ["dr_grpo", "ppo"])
+def test_kl_in_the_reward_is_that_of_the_sampling_policy(name: str, folder: Path, tmp_path: Path) -> None:
+    coefficient = 0.4
+    options = {"kl_coef": coefficient, "kl_in": "reward", "kl_form": "k1"}
+    sizes = {"gae_gamma": GAMMA, "gae_lambda": LAMBDA} if name == "ppo" else {"length": 9}
+    found = run_ranks(learn, 2, tmp_path, folder, name, options | sizes, 1)
+    model, reference = load_llama(folder), load_llama(folder)
+    nudge({id(p): p for p in reference.parameters()}.values())
+    weight = head()
+    loss = torch.zeros(())
+    penalties, logps = [], []
+    for trajectory in trajectories():
+        logps.append(reference_logp(model, trajectory))
+        with torch.no_grad():
+            penalties.append(coefficient * (logps[-1] - reference_logp(reference, trajectory)))
+    rewards = torch.tensor(
+        [t.reward - float(p.sum()) for t, p in zip(trajectories(), penalties, strict=True)]
+    )
+    for index, trajectory in enumerate(trajectories()):
+        if name == "dr_grpo":
+            advantage = rewards[index] - rewards.view(-1, 2)[index // 2].mean()
+            loss = loss - (advantage * logps[index]).sum() / 9 / len(LENGTHS)
+        else:
+            sequence = torch.tensor([trajectory.prompt_tokens + trajectory.response_tokens])
+            with torch.no_grad():
+                values = (model.model(sequence).last_hidden_state[0] @ weight.t())[:-1, 0]
+            values = values[len(trajectory.prompt_tokens) - 1 :]
+            token_advantage = brute_force_gae(values.tolist(), trajectory.reward, penalties[index].tolist())
+            loss = loss - (token_advantage * logps[index]).sum() / sum(n for _, n in LENGTHS)
+    assert_gradients(found, gradients_of(model, loss))
+
+
+def brute_force_gae(values: list[float], reward: float, penalties: list[float] | None = None) -> Tensor:
     """The sum over all later errors, term by term."""
     last = len(values) - 1
-    errors = [(reward if t == last else GAMMA * values[t + 1]) - values[t] for t in range(len(values))]
+    costs = penalties or [0.0] * len(values)
+    errors = [
+        (reward if t == last else GAMMA * values[t + 1]) - values[t] - costs[t] for t in range(len(values))
+    ]
     return torch.tensor(
         [sum((GAMMA * LAMBDA) ** (k - t) * errors[k] for k in range(t, last + 1)) for t in range(last + 1)]
     )
