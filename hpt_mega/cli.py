@@ -77,6 +77,7 @@ def _parser() -> argparse.ArgumentParser:
         "convert",
         help="convert a checkpoint, Hugging Face to Megatron or back",
         description="Convert a checkpoint: streamed, bit-exact, and resumed where it was killed.",
+        epilog="example: hpt convert hf-to-megatron --hf models/llama --out ckpt/llama --tp 2 --pp 2 --verify",
     )
     add_directions(convert)
 
