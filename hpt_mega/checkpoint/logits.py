@@ -1,7 +1,7 @@
 """The last check of a conversion: the Megatron model and transformers' give a prompt the same logits.
 
-It builds both models whole, in fp32, in this process; names swapped among tensors of equal shape show here
-and nowhere else.
+It builds both models whole, in fp32, in this process; swapped names of tensors of equal shape show here only.
+A few changed values, or experts the prompt never visits, do not: comparing bits is convert.verify's business.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from hpt_mega.checkpoint.hf import HFCheckpoint
 from hpt_mega.resharding.mapping import MappingError, ModelShape, family_for
 
 PROMPT = "Tom has 3 apples and buys 4 more, then gives two of them to Anna. How many apples are left for Tom?"
-TOLERANCE = 1e-3  # of the logits' norm; round-off is 1e-6, a swap changes them by their own size
+TOLERANCE = 1e-4  # of the logits' norm; round-off is 1e-6, a swap changes them by their own size
 _LENGTH = 32
 
 

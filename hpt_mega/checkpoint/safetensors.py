@@ -11,6 +11,7 @@ import math
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -106,8 +107,10 @@ def read_tensor(file: BinaryIO, slot: Slot) -> Tensor:
     return raw.view(slot.spec.dtype).view(slot.spec.shape)
 
 
-def read_into(file: BinaryIO, raw: Tensor, offset: int) -> None:
-    view = raw_bytes(raw)
+def read_into(file: BinaryIO | FileIO, target: Tensor, offset: int) -> None:
+    """Fill a tensor that lies in row order."""
+    assert target.is_contiguous()
+    view = raw_bytes(target)
     while view:  # a single call moves at most 2 GiB
         count = os.preadv(file.fileno(), [view], offset)
         if count == 0:

@@ -10,6 +10,7 @@ import io
 import json
 import os
 import pickle
+import zipfile
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from hpt_mega.checkpoint.safetensors import Spec, raw_bytes
+from hpt_mega.checkpoint.safetensors import Spec, raw_bytes, read_into
 from hpt_mega.resharding.mapping import Entry, MappingError, ModelShape
 
 METADATA = ".metadata"
@@ -173,13 +174,18 @@ class _DataAtSeek:
 
     def __init__(self, file: BinaryIO, data: memoryview) -> None:
         self._file, self._data = file, data
+        self.error: OSError | None = None  # torch.save swallows it, and speaks of positions instead
 
-    def write(self, header: bytes) -> int:
-        return self._file.write(header)
+    def write(self, data: bytes | memoryview) -> int:
+        try:
+            return self._file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
 
     def seek(self, offset: int, whence: int) -> None:
         assert (offset, whence) == (len(self._data), os.SEEK_CUR), "torch.save moves in another way"
-        self._file.write(self._data)
+        self.write(self._data)
 
     def flush(self) -> None: ...
 
@@ -188,8 +194,14 @@ def _save(piece: Tensor, sizes: tuple[int, ...], file: BinaryIO) -> None:
     """torch.save without its copies and without the archive's checksum, which torch.load does not read."""
     data = raw_bytes(piece)
     own = torch.frombuffer(data, dtype=piece.dtype).view(sizes)  # torch.save writes whole storages
-    with torch.serialization.skip_data():
-        torch.save(own, _DataAtSeek(file, data))  # type: ignore[arg-type]
+    target = _DataAtSeek(file, data)
+    try:
+        with torch.serialization.skip_data():
+            torch.save(own, target)  # type: ignore[arg-type]
+    except RuntimeError:
+        if target.error is not None:
+            raise target.error from None
+        raise
     file.flush()  # in the kernel's hands before a journal says so: a kill loses nothing
 
 
@@ -234,18 +246,13 @@ class TorchDistReader:
     def whole(self, entry: Entry, shape: ModelShape) -> Tensor:
         """The whole parameter, put together from its chunks."""
         stored, spec = self._find(entry, shape), self.spec(entry, shape)
-        chunks = self._chunks(stored)
         out, filled = torch.empty(spec.shape, dtype=spec.dtype), 0
-        for chunk in chunks:
-            part = self._load(stored.key, chunk)
-            part = part.view(part.shape[len(stored.at) :])
-            if part.shape == out.shape:
-                return part
+        for chunk in self._chunks(stored):
             target = out
-            for dim, start in enumerate(chunk.offsets[len(stored.at) :]):
-                target = target.narrow(dim, start, part.shape[dim])
-            target.copy_(part)
-            filled += part.numel()
+            for dim, start in enumerate(chunk.offsets[len(stored.at) :], start=len(stored.at)):
+                target = target.narrow(dim - len(stored.at), start, chunk.sizes[dim])
+            self._read(stored.key, chunk, target)
+            filled += target.numel()
         if filled != out.numel():
             raise ValueError(
                 f"{self._folder} holds {filled} of {out.numel()} values of {stored.key} {list(stored.at)}"
@@ -289,7 +296,8 @@ class TorchDistReader:
                         self._places.setdefault((key, at), []).append(chunk)
         return self._places.get((stored.key, stored.at), [])
 
-    def _load(self, key: str, chunk: ChunkStorageMetadata) -> Tensor:
+    def _read(self, key: str, chunk: ChunkStorageMetadata, target: Tensor) -> None:
+        """Fill `target` with a chunk, straight from the file where both lie in row order."""
         info = self._metadata.storage_data[MetadataIndex(key, chunk.offsets)]
         path = self._folder / info.relative_path
         with path.open("rb", buffering=0) as file:
@@ -298,12 +306,32 @@ class TorchDistReader:
                     f"{path} ends at {path.stat().st_size} bytes, {key} at {info.offset + info.length}; the "
                     "file is cut off: copy it again"
                 )
-            window = _Window(file, info.offset, info.length)
             try:
-                tensor: Tensor = torch.load(window, map_location="cpu", weights_only=True)  # type: ignore[arg-type]
-            except (RuntimeError, pickle.UnpicklingError) as error:
+                blank, begin = _open_archive(_Window(file, info.offset, info.length))
+            except (RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
                 raise ValueError(f"{path} is damaged where {key} should be: {error}") from None
-        return tensor.detach()
+            storage = torch.empty(0, dtype=torch.uint8).set_(blank.untyped_storage())
+            alike = blank.dtype is target.dtype and blank.nbytes == len(storage) == target.nbytes
+            if alike and blank.is_contiguous() and target.is_contiguous():
+                read_into(file, target, info.offset + begin)
+            else:
+                read_into(file, storage, info.offset + begin)
+                target.copy_(blank.view(target.shape))
+
+
+def _open_archive(window: _Window) -> tuple[Tensor, int]:
+    """The tensor that torch.save put there, its data still unread, and where in the window the data begin."""
+    with torch.serialization.skip_data():
+        blank: Tensor = torch.load(window, map_location="cpu", weights_only=True)  # type: ignore[arg-type]
+    with zipfile.ZipFile(window) as archive:
+        (record,) = (record for record in archive.infolist() if record.filename.endswith("/data/0"))
+    window.seek(record.header_offset)
+    header = window.read(_LOCAL_HEADER) or b""
+    name, extra = (int.from_bytes(header[at : at + 2], "little") for at in (26, 28))
+    return blank.detach(), record.header_offset + _LOCAL_HEADER + name + extra
+
+
+_LOCAL_HEADER = 30  # bytes of a zip record's header before its name
 
 
 class _Window(io.RawIOBase):

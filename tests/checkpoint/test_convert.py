@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import filecmp
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 import torch
@@ -17,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from hpt_mega.checkpoint.convert import hf_to_megatron, megatron_to_hf, verify
 from hpt_mega.checkpoint.layout import TargetLayout
+from hpt_mega.checkpoint.torch_dist import TorchDistWriter
 from hpt_mega.resharding.mapping import MappingError
 from tests.checkpoint.families import MIXTURES, MODELS, save_model
 
@@ -269,3 +273,40 @@ def test_a_real_kill_in_the_middle_leaves_no_output(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
     assert subprocess.run([*command, "--verify"]).returncode == 0
     assert (tmp_path / "out" / "manifest.json").is_file()
+
+
+class FullDisk:
+    """A file system without room for more than some bytes."""
+
+    def __init__(self, file: BinaryIO, room: int) -> None:
+        self._file, self._room = file, room
+
+    def write(self, data: bytes) -> int:
+        self._room -= len(data)
+        if self._room < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return self._file.write(data)
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._file, name)
+
+
+@pytest.mark.parametrize("room", [100, 30_000])
+def test_a_disk_that_fills_up_is_named_and_nothing_is_left(
+    room: int, damage: Damage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = TorchDistWriter._file
+    disks: dict[str, FullDisk] = {}
+
+    def on_full_disk(self: TorchDistWriter, name: str) -> FullDisk:
+        return disks.setdefault(name, FullDisk(whole(self, name), room))
+
+    monkeypatch.setattr(TorchDistWriter, "_file", on_full_disk)
+    damage.must_fail("No space left on device")
+
+
+def test_too_little_room_is_said_before_anything_is_written(
+    damage: Damage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
+    damage.must_fail("make room")

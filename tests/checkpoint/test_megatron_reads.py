@@ -1,4 +1,4 @@
-"""Megatron itself reads converted checkpoints at any layout, and what it saves at any layout converts back."""
+"""Megatron itself reads converted checkpoints at any layout; what it saves at any layout converts back."""
 
 from __future__ import annotations
 
