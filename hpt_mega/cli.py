@@ -16,6 +16,8 @@ from typing import Any
 
 from hpt_mega.checkpoint.command import add_directions
 from hpt_mega.config import ConfigError, compose
+from hpt_mega.planning.command import configure as configure_plan
+from hpt_mega.rewards.command import add_grade_options
 
 CONFIG_ERROR = 2  # exit code; argparse's own for a wrong command line
 
@@ -77,9 +79,20 @@ def _parser() -> argparse.ArgumentParser:
         "convert",
         help="convert a checkpoint, Hugging Face to Megatron or back",
         description="Convert a checkpoint: streamed, bit-exact, and resumed where it was killed.",
-        epilog="example: hpt convert hf-to-megatron --hf models/llama --out ckpt/llama --tp 2 --pp 2 --verify",
+        epilog="example: hpt convert hf-to-megatron --hf models/llama --out ckpt/llama --tp 2 --verify",
     )
     add_directions(convert)
+
+    configure_plan(verbs.add_parser("plan", help="which layout fits a model on GPUs, and how fast it is"))
+
+    grade = verbs.add_parser(
+        "grade",
+        help="grade answers against gold ones",
+        description='Grade lines {"answer": GOLD, "response": TEXT, "kind": "math" | "choice" | "exact"}; '
+        'writes {"reward": 0 | 1, "why": ...} in the same order.',
+        epilog="example: hpt grade --file answers.jsonl --out rewards.jsonl --workers 8",
+    )
+    add_grade_options(grade)
 
     _add_diagnosis(verbs)
     doctor = verbs.add_parser(

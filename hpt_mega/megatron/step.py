@@ -108,7 +108,7 @@ Reader = Callable[[MicroBatch, PolicyModel, Tensor, Layout], Tensor]
 def score(
     model: PolicyModel, microbatches: Sequence[MicroBatch], read: Reader, layout: Layout
 ) -> list[Tensor]:
-    """What `read` makes of each micro-batch's hidden states, [N] fp32, known to every stage of the replica."""
+    """What `read` makes of each micro-batch's hidden states: [N] fp32, known to all stages of the replica."""
     forward = partial(_forward, read=read, layout=layout)
     with torch.no_grad():
         found = _run_schedule(model, microbatches, forward, forward_only=True)

@@ -13,14 +13,30 @@ TAIL_CHARACTERS = 20_000  # a final answer stands at the end; what comes before 
 ANSWER_CHARACTERS = 1_000  # a longer final answer is refused
 NUMBER_CHARACTERS = 64  # a longer number is left to the symbolic comparison
 
-_MARK = re.compile(r"####|\banswer\s+is\b:?|\banswer\s*:", re.IGNORECASE)
+_MARK = re.compile(
+    r"####|\banswer\s+(?:is|would\s+be|equals|becomes)\b:?|\banswer\**\s*:|\banswer\**\s*=(?!=)",
+    re.IGNORECASE,
+)
 _DIGITS = r"(?:\d{1,3}(?:,\d{3})+|\d+)"
 _NUMBER = re.compile(rf"-?(?:{_DIGITS}(?:\.\d+)?|\.\d+)")
 _PLAIN = re.compile(rf"([-+]?(?:{_DIGITS}(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d{{1,2}})?)(?:/([-+]?\d+))?")
 _FRACTION = re.compile(r"([-+]?)\\[dt]?frac\{(-?\d+)\}\{(-?\d+)\}")
-_UNIT = re.compile(r"(?<=[\d.])\s*[A-Za-z][A-Za-z ]{0,40}$")
+_UNIT = re.compile(r"(?<=[\d.])\s+[A-Za-z]{4}[A-Za-z ]{0,40}$")  # 5abc is a product
+_NO_UNIT = re.compile(
+    r"\b(?:million|billion|trillion|thousand|hundred|dozen|percent|percentage|pct|cents?|hal(?:f|ves)|thirds?|"
+    r"quarters?|\w+ths|squared|cubed|factorial|over|plus|minus|times|and|or|sin|cos|tan|log|exp|sqrt|mod|to)\b",
+    re.IGNORECASE,
+)
+_WORDS = re.compile(r"\\(?:text|mathrm)\s*\{[^{}]*[A-Za-z]|(?<=[\d.])\s*[A-Za-z]{2}")
+_BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
+_BETWEEN_BOXES = re.compile(r"[\s$,;.]*(?:\\text\{)?\s*(?:and|or)?\s*\}?[\s$,;]*")
+_CLAUSE = re.compile(r"\.\s|\.?$|[,;]?\s+(?:because|since|which|so that|as we|when|where|for all)\b")
+_CONNECTED = re.compile(r"[\s,;]*(?:and|or)?[\s,;]*")
+_PROSE = re.compile(r"(?<![\\A-Za-z{])[A-Za-z]{3,}")
 _NAMED = re.compile(r"^[A-Za-z]\s*=\s*")
-_DECORATION = re.compile(r"\\(?:text|mathrm|textbf)\{[^{}]{0,80}\}|\\[,!;: ]|\\left|\\right|\\?\$|~")
+_DECORATION = re.compile(
+    r"\\(?:text|mathrm|textbf)\{[^{}]{0,80}?[A-Za-z][^{}]{0,80}\}|\\[,!;: ]|\\left|\\right|\\?\$|~"
+)
 _OPERATOR = re.compile(r"(?<=[\d)}\s])(?:[-+*×·÷/]|\\times|\\cdot|\\div)(?=[\d(\s\\-])")
 _SCIENTIFIC = re.compile(r"-?\d+(?:\.\d+)?\s*(?:\\times|\\cdot|\*|×)\s*10\s*\^\s*\{?-?\d+\}?")
 
@@ -35,30 +51,105 @@ class Verdict:
 
 def last_boxed(text: str) -> str | None:
     r"""Content of the last \boxed{...}, braces balanced; "" where it never closes; None without one."""
-    start = text.rfind(r"\boxed{")
-    if start < 0:
+    boxes = list(_BOX.finditer(text))
+    if not boxes:
         return None
-    begin = start + len(r"\boxed{")
+    content = _closed(text, boxes[-1].end())
+    if content is None:
+        return ""
+    # "\boxed{2} and \boxed{3}" is one answer of two parts
+    end = boxes[-1].start()
+    for box in reversed(boxes[:-1][-9:]):
+        earlier = _closed(text[:end], box.end())
+        if earlier is None or not _BETWEEN_BOXES.fullmatch(text[box.end() + len(earlier) + 1 : end]):
+            break
+        if earlier.strip() != content.strip():
+            content = f"{earlier}, {content}"
+        end = box.start()
+    return content
+
+
+def _closed(text: str, begin: int) -> str | None:
     depth = 1
     for position in range(begin, len(text)):
         depth += {"{": 1, "}": -1}.get(text[position], 0)
         if depth == 0:
             return text[begin:position]
-    return ""
+    return None
 
 
 def final_answer(response: str) -> str | None:
-    r"""The last \boxed{...}, else the text after the last '####' or 'answer is', else the last number."""
+    r"""The last \boxed{...}, else the text after the last '####' or 'answer is', else what ends the response.
+
+    That is the whole response where it is one line of mathematics, else its last line's formula at the end,
+    else the last number.
+    """
     text = response[-TAIL_CHARACTERS:]
     boxed = last_boxed(text)
     if boxed is not None:
         return boxed.strip() or None
     marks = list(_MARK.finditer(text))
     if marks:
-        line = text[marks[-1].end() :].strip().split("\n", 1)[0].strip(" .*:$")
-        return line or None
+        return _stated(text[marks[-1].end() :].strip().strip("*").lstrip(": "))
+    line = text.strip().rsplit("\n", 1)[-1]
+    if (
+        len(line) == len(response.strip()) <= ANSWER_CHARACTERS
+        and "=" not in line
+        and not _PROSE.search(line)
+    ):
+        return line.strip(" .*$") or None
     numbers = _NUMBER.findall(text)
     return numbers[-1] if numbers else None
+
+
+def _last_formula(line: str) -> str | None:
+    r"""Content of the $...$ or \(...\) that ends a line; None where the line ends otherwise."""
+    match = re.search(r"(?:(?<!\\)\$([^$]+)\$|\\\(((?:(?!\\[()]).)+)\\\))[\s.*]*$", line)
+    return (match[1] or match[2]).strip() if match else None
+
+
+def _stated(text: str) -> str | None:
+    """The answer at the start of what follows 'the answer is'."""
+    for opening, closing in (("$$", "$$"), (r"\[", r"\]"), (r"\(", r"\)")):
+        if text.startswith(opening) and (end := text.find(closing, 2)) > 0:
+            return text[2:end].strip() or None
+    if text.startswith("$"):
+        return _formula(text)
+    text = text.split("\n", 1)[0].strip(" .*:")
+    return text.strip("$ ") or None
+
+
+def _formula(text: str) -> str | None:
+    r"""Content of the $...$ at the start, and of those joined to it by commas; \$ is no delimiter."""
+    signs = [match.start() for match in re.finditer(r"(?<!\\)\$", text)]
+    if len(signs) < 2:
+        return text.split("\n", 1)[0].strip(" .*$") or None
+    end = signs[1]
+    for opening, closing in zip(signs[2::2], signs[3::2], strict=False):
+        if not _CONNECTED.fullmatch(text[end + 1 : opening]):
+            break
+        end = closing
+    return text[1:end].strip() or None
+
+
+def whole_formula(response: str) -> str | None:
+    r"""All from the first $ after 'answer is' to a $ that ends the response: a gold answer may hold $."""
+    text = response[-TAIL_CHARACTERS:].rstrip().rstrip(".").rstrip()
+    marks = list(_MARK.finditer(text))
+    if not marks:
+        return None
+    text = text[marks[-1].end() :].strip(" :*")
+    return text[1:-1].strip() if len(text) > 2 and text[0] == text[-1] == "$" else None
+
+
+def unboxed(answer: str) -> str:
+    r"""A gold answer without the \boxed{...} or $...$ around it."""
+    answer = answer.strip()
+    if answer.startswith(r"\boxed") and answer.endswith("}") and (inside := last_boxed(answer)):
+        answer = inside.strip()
+    if len(answer) > 2 and answer[0] == answer[-1] == "$" and answer[-2] != "\\" and answer.count("$") == 2:
+        answer = answer[1:-1].strip()
+    return answer
 
 
 def plain_number(text: str) -> Fraction | None:
@@ -66,6 +157,8 @@ def plain_number(text: str) -> Fraction | None:
 
     Dollar signs, thousands commas, \text{...}, a unit behind and "x =" before do not count.
     """
+    if _NO_UNIT.search(text):
+        return None
     text = _DECORATION.sub(" ", text.replace("−", "-").replace("{,}", ",")).strip().rstrip(".").strip()
     text = _NAMED.sub("", text)
     text = _UNIT.sub("", text).strip()
@@ -87,22 +180,56 @@ def quick_verdict(response: str, answer: str) -> Verdict | None:
     An expression that merely restates the question (answer 19, response 12 + 7) is wrong: it would
     otherwise be the cheapest way to a reward on arithmetic questions.
     """
+    answer = unboxed(answer)
     given = final_answer(response)
     if given is None:
         return Verdict(0.0, "no final answer")
     if len(given) > ANSWER_CHARACTERS:
         return Verdict(0.0, f"final answer of {len(given)} characters, at most {ANSWER_CHARACTERS} are read")
-    if given == answer.strip():
-        return Verdict(1.0, "same text")
+    if answer in (given, whole_formula(response)):
+        return Verdict(1.0, "same text") if answer else Verdict(0.0, "the gold answer is empty")
     expected = plain_number(answer)
     if expected is None:
         return None
+    is_boxed = last_boxed(response[-TAIL_CHARACTERS:]) is not None
     value = plain_number(given)
-    if value is None and last_boxed(response[-TAIL_CHARACTERS:]) is None:
-        numbers = _NUMBER.findall(given)
+    if value is None and not is_boxed and _PROSE.search(given) and not re.search(r"[\\^/]", given):
+        # "42 apples, because ...": the number of the first clause
+        numbers = _NUMBER.findall(_CLAUSE.split(given, maxsplit=1)[0])
         value = plain_number(numbers[-1]) if numbers else None
     if value is not None:
-        return Verdict(1.0, "same number") if value == expected else Verdict(0.0, "another number")
-    if _OPERATOR.search(given) and not _SCIENTIFIC.fullmatch(given):
+        if value == expected:
+            names = _NAMED.match(given), _NAMED.match(answer)
+            if (names[0] and names[1]) or (_WORDS.search(given) and _WORDS.search(answer)):
+                return None  # their names and units are compared too
+            return Verdict(1.0, "same number")
+        return _another(given, answer)
+    last = given.rsplit("=", 1)[-1]
+    if _OPERATOR.search(last) and not _SCIENTIFIC.match(last.strip()) and not _PROSE.search(last):
         return Verdict(0.0, "an expression that is not worked out")
     return None
+
+
+def _another(given: str, answer: str) -> Verdict | None:
+    """Wrong, unless a unit or the rounding of a fraction could still make it right."""
+    is_rounded = ("." in given) != ("." in answer) and ("/" in given + answer or "frac" in given + answer)
+    return None if _WORDS.search(given) or is_rounded else Verdict(0.0, "another number")
+
+
+def exact_verdict(response: str, answer: str) -> Verdict:
+    """Right where the final answer is the gold answer, character by character but for runs of white space."""
+    boxed = last_boxed(response[-TAIL_CHARACTERS:])
+    given = boxed if boxed is not None else _marked(response)
+    if not answer.strip() or given is None:
+        return Verdict(0.0, "the gold answer is empty" if not answer.strip() else "no final answer")
+    same = given.split() == answer.split()
+    return Verdict(1.0, "same text") if same else Verdict(0.0, "another text")
+
+
+def _marked(response: str) -> str | None:
+    """What the last 'answer is' states; the whole response where nothing does."""
+    text = response[-TAIL_CHARACTERS:]
+    marks = list(_MARK.finditer(text))
+    if not marks:
+        return response if len(response) <= ANSWER_CHARACTERS else None
+    return _stated(text[marks[-1].end() :].strip().strip("*").lstrip(": "))

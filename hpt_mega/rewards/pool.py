@@ -1,6 +1,6 @@
 """Verdicts on many responses: plain ones in process, the rest in worker processes with a hard deadline.
 
-How an answer is read and compared lives in math.py and worker.py.
+How an answer is read and compared lives in math.py, choice.py and compare.py.
 """
 
 from __future__ import annotations
@@ -11,31 +11,40 @@ import os
 import selectors
 import subprocess
 import sys
+import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from hpt_mega.rewards.math import Verdict, final_answer, quick_verdict
+from hpt_mega.rewards.choice import choice_verdict
+from hpt_mega.rewards.math import Verdict, exact_verdict, final_answer, quick_verdict, unboxed
 
-KINDS = ("math",)
+# The verdict on (response, answer) by kind; None where workers are to compare.
+_IN_PROCESS: dict[str, Callable[[str, str], Verdict | None]] = {
+    "math": quick_verdict,
+    "choice": choice_verdict,
+    "exact": exact_verdict,
+}
+KINDS = tuple(_IN_PROCESS)
+MEMORY_MIB = 1024  # of a worker's address space
 START_DEADLINE_S = 120.0  # importing sympy on a loaded machine
 
 
 class _Worker:
     """One worker process and its item. Pipes of JSON lines: no pickle, and __main__ is not imported again."""
 
-    def __init__(self, deadline_s: float) -> None:
+    def __init__(self, deadline_s: float, memory_mib: int) -> None:
         root = str(Path(__file__).parents[2])
         path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "hpt_mega.rewards.worker", str(deadline_s)],
+            [sys.executable, "-m", "hpt_mega.rewards.worker", str(deadline_s), str(memory_mib)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            env={**os.environ, "PYTHONPATH": path},
+            env={**os.environ, "PYTHONPATH": path, "PYTHONHASHSEED": "0"},  # sympy orders by hash
             bufsize=0,
         )
         assert self.process.stdout is not None and self.process.stdin is not None
@@ -80,12 +89,15 @@ class _Worker:
 class RewardPool:
     """Rewards for batches of responses; use as a context manager or call close().
 
-    kind: "math". workers: number of processes for the answers that exact arithmetic cannot settle.
-    deadline_s: wall seconds one answer may take; a worker that overruns it is killed and replaced, and the
-    answer gets reward 0. Raises ValueError for an unknown kind or impossible numbers.
+    kind: "math", "choice" or "exact". workers: number of processes for the answers that exact arithmetic
+    cannot settle; memory_mib caps the address space of each. deadline_s: wall seconds one answer may take; a
+    worker that overruns it is killed and replaced, and the answer gets reward 0. Threads may share a pool:
+    they take turns. Raises ValueError for an unknown kind or impossible numbers.
     """
 
-    def __init__(self, kind: str = "math", workers: int = 1, deadline_s: float = 5.0) -> None:
+    def __init__(
+        self, kind: str = "math", workers: int = 1, deadline_s: float = 5.0, memory_mib: int = MEMORY_MIB
+    ) -> None:
         if kind not in KINDS:
             raise ValueError(f"reward.kind is {kind!r}, expected one of {', '.join(KINDS)}")
         if workers < 1 or not deadline_s > 0:
@@ -93,18 +105,24 @@ class RewardPool:
                 f"reward.workers is {workers} and reward.deadline_s {deadline_s}; "
                 "at least 1 and above 0 are needed"
             )
+        self._kind = kind
         self._deadline_s = deadline_s
+        self._memory_mib = memory_mib
+        self._turn = threading.Lock()
         # Started now, so that their imports overlap with the first rollout.
-        self._workers = [_Worker(deadline_s) for _ in range(workers)]
+        self._workers = [_Worker(deadline_s, memory_mib) for _ in range(workers)]
         self._closed = False
 
     def score(self, responses: Sequence[str], answers: Sequence[str]) -> list[float]:
         """Rewards in {0.0, 1.0}, one for each response, in order."""
         return [verdict.reward for verdict in self.verdicts(responses, answers)]
 
-    def verdicts(self, responses: Sequence[str], answers: Sequence[str]) -> list[Verdict]:
+    def verdicts(
+        self, responses: Sequence[str], answers: Sequence[str], kinds: Sequence[str] | None = None
+    ) -> list[Verdict]:
         """Rewards with reasons, in order. Takes at most about deadline_s * hard answers / workers seconds.
 
+        kinds: one a response, where they differ from the pool's.
         Raises ValueError on unequal lengths, RuntimeError where no worker starts or the pool is closed.
         """
         if len(responses) != len(answers):
@@ -113,11 +131,18 @@ class RewardPool:
             )
         if self._closed:
             raise RuntimeError("the reward pool is closed; make a new one")
-        quick = [quick_verdict(response, answer) for response, answer in zip(responses, answers, strict=True)]
+        kinds = [self._kind] * len(responses) if kinds is None else kinds
+        quick = [
+            _IN_PROCESS[kind](response, answer)
+            for kind, response, answer in zip(kinds, responses, answers, strict=True)
+        ]
         hard = {
-            i: (final_answer(responses[i]) or "", answers[i]) for i, done in enumerate(quick) if done is None
+            i: (final_answer(responses[i]) or "", unboxed(answers[i]))
+            for i, done in enumerate(quick)
+            if done is None
         }
-        settled = self._compare(hard) if hard else {}
+        with self._turn:
+            settled = self._compare(hard) if hard else {}
         return [verdict if verdict is not None else settled[i] for i, verdict in enumerate(quick)]
 
     def _compare(self, hard: dict[int, tuple[str, str]]) -> dict[int, Verdict]:
@@ -168,11 +193,11 @@ class RewardPool:
             raise RuntimeError(
                 f"a reward worker did not start within {START_DEADLINE_S:g} s "
                 f"(exit code {worker.process.returncode}). "
-                f"Try: {sys.executable} -m hpt_mega.rewards.worker {self._deadline_s:g}"
+                f"Try: {sys.executable} -m hpt_mega.rewards.worker {self._deadline_s:g} {self._memory_mib}"
             )
         if worker.item is not None:
             settled[worker.item] = Verdict(0.0, why)
-        self._workers[self._workers.index(worker)] = _Worker(self._deadline_s)
+        self._workers[self._workers.index(worker)] = _Worker(self._deadline_s, self._memory_mib)
 
     def close(self) -> None:
         """Ends the workers. Further calls of close() do nothing."""

@@ -1,23 +1,39 @@
 """The process that compares answers symbolically: one JSON line in, one JSON line out, until its input ends.
 
-Started by pool.py as `python -m hpt_mega.rewards.worker DEADLINE_S`. It never imports torch.
+Started by pool.py as `python -m hpt_mega.rewards.worker DEADLINE_S MEMORY_MIB`. It never imports torch.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import signal
 import sys
 from collections.abc import Callable
 
-MEMORY_BYTES = 2 << 30
+from hpt_mega.rewards.compare import Outcome
+from hpt_mega.rewards.compare import compare as compare_values
+
+FALLBACK_CHARACTERS = 300
+_COMMAND = re.compile(r"\\([A-Za-z]+)")
+# All that math-verify is asked to read; anything else is a wrong answer, and no risk.
+_COMMANDS = frozenset(
+    re.findall(
+        r"\S+",
+        "int sum prod lim limits left right frac dfrac tfrac sqrt pi infty cdot times to sin cos tan cot "
+        "sec csc ln log exp arcsin arccos arctan mathbb mathrm text in cup cap setminus pm le leq ge geq "
+        "lt gt neq ne quad begin end overline alpha beta gamma theta lambda mu omega phi binom "
+        "displaystyle max min gcd lfloor rfloor lceil rceil mid vert circ ldots dots operatorname "
+        "rightarrow ",
+    )
+)
 
 
-def limit_resources() -> None:
+def limit_resources(memory_mib: int) -> None:
     """Caps the address space, and lets the kernel itself end the process when its CPU timer runs out."""
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+    resource.setrlimit(resource.RLIMIT_AS, (memory_mib << 20, memory_mib << 20))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     signal.signal(
         signal.SIGINT, signal.SIG_IGN
@@ -25,30 +41,51 @@ def limit_resources() -> None:
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
 
 
+def is_mathematical(text: str) -> bool:
+    """Whether a text is short, of known commands and without identifiers: fit for a symbolic parser."""
+    plain = _COMMAND.sub(" ", text)
+    return (
+        len(text) <= FALLBACK_CHARACTERS
+        and set(_COMMAND.findall(text)) <= _COMMANDS
+        and not re.search(r"__|[A-Za-z]{13}|[!^*]{3}|\d{30}", plain)
+    )
+
+
 def symbolic_comparison(deadline_s: float) -> Callable[[str, str], tuple[float, str]]:
-    """compare(given, answer) -> (reward, why) by math-verify; each stage gets a third of deadline_s."""
+    """compare(given, answer) -> (reward, why): by parts and values, the rest by math-verify.
+
+    Each stage of math-verify gets a third of deadline_s.
+    """
     from math_verify import parse, verify
 
     seconds = max(1, int(deadline_s / 3))
 
+    def by_math_verify(given: str, answer: str) -> tuple[float, str]:
+        expected = parse(f"\\boxed{{{answer}}}", parsing_timeout=seconds)
+        value = parse(f"\\boxed{{{given}}}", parsing_timeout=seconds)
+        if not expected or not value:
+            return 0.0, "the answer does not parse" if expected else "the gold answer does not parse"
+        same = verify(expected, value, timeout_seconds=seconds)
+        return (1.0, "symbolically equal") if same else (0.0, "symbolically different")
+
     def compare(given: str, answer: str) -> tuple[float, str]:
         try:
-            expected = parse(f"\\boxed{{{answer}}}", parsing_timeout=seconds)
-            value = parse(f"\\boxed{{{given}}}", parsing_timeout=seconds)
-            if not expected or not value:
-                return 0.0, "the answer does not parse" if expected else "the gold answer does not parse"
-            same = verify(expected, value, timeout_seconds=seconds)
+            outcome: Outcome = compare_values(answer, given)
+            if outcome.same is not None:
+                return float(outcome.same), outcome.why
+            if not is_mathematical(given):
+                return 0.0, f"not read: {outcome.why}"
+            return by_math_verify(given, answer)
         except MemoryError:
             return 0.0, "memory limit"
         except Exception as error:  # what fails in the parser is a wrong answer, not a crash of training
-            return 0.0, f"{type(error).__name__} in math-verify"
-        return (1.0, "symbolically equal") if same else (0.0, "symbolically different")
+            return 0.0, f"{type(error).__name__} when read"
 
     return compare
 
 
 def main() -> int:
-    deadline_s = float(sys.argv[1])
+    deadline_s, memory_mib = float(sys.argv[1]), int(sys.argv[2])
     replies = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # whatever a parser prints must not mix with the replies
     try:
@@ -56,7 +93,7 @@ def main() -> int:
     except ImportError as error:
         replies.write(json.dumps({"error": str(error)}) + "\n")
         return 1
-    limit_resources()
+    limit_resources(memory_mib)
     replies.write(json.dumps({"ready": True}) + "\n")
     for line in sys.stdin:
         request = json.loads(line)
