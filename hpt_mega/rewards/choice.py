@@ -39,9 +39,9 @@ def chosen(response: str, digits: bool = False) -> str | None:
     text = response[-TAIL_CHARACTERS:]
     box = last_boxed(text)
     if box is not None:
-        match = boxed.fullmatch(_WRAPPING.sub("", box))
+        match = boxed.fullmatch(" ".join(_WRAPPING.sub("", box).split()))
         return match[1].upper() if match else None
-    text = _WRAPPING.sub("", text).strip()
+    text = re.sub(r"[^\S\n]+", " ", re.sub(r"\n\s*", "\n", _WRAPPING.sub("", text))).strip()
     found = list(stated.finditer(text))
     if found:
         return str(found[-1][1] or found[-1][2]).upper()

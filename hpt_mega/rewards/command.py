@@ -30,9 +30,7 @@ def add_grade_options(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--file", type=Path, required=True, metavar="IN", help="JSON lines to grade")
     verb.add_argument("--out", type=Path, required=True, metavar="OUT", help="JSON lines, in the same order")
     verb.add_argument("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes")
-    verb.add_argument(
-        "--deadline", type=float, default=5.0, metavar="S", help="seconds an answer may take (5)"
-    )
+    verb.add_argument("--deadline", type=float, default=5.0, metavar="S", help="seconds for an answer (5)")
     verb.add_argument(
         "--memory-mib", type=int, default=MEMORY_MIB, metavar="M", help=f"of each process ({MEMORY_MIB})"
     )

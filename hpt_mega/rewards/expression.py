@@ -191,6 +191,10 @@ class _Reader:
     def name(self, name: str) -> Tree:
         if self.take("_"):
             name += "_" + self.raw()
+        ahead = [text for _, text in self.tokens[self.at : self.at + 3]]
+        if re.match("[A-Zfgh]", name) and ahead[:1] == ["("] and ahead[2:] == [")"] and ahead[1].isdecimal():
+            self.at += 3
+            return ("symbol", f"{name}({ahead[1]})")  # f(0) is the value of a function, no product with 0
         if name == "e":
             return ("e",)
         return ("i",) if name == "i" else ("symbol", name)

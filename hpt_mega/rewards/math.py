@@ -11,6 +11,7 @@ from fractions import Fraction
 
 TAIL_CHARACTERS = 20_000  # a final answer stands at the end; what comes before this is never looked at
 ANSWER_CHARACTERS = 1_000  # a longer final answer is refused
+BETWEEN_CHARACTERS = 40  # that join two formulas or boxes to one answer
 NUMBER_CHARACTERS = 64  # a longer number is left to the symbolic comparison
 
 _MARK = re.compile(
@@ -61,7 +62,10 @@ def last_boxed(text: str) -> str | None:
     end = boxes[-1].start()
     for box in reversed(boxes[:-1][-9:]):
         earlier = _closed(text[:end], box.end())
-        if earlier is None or not _BETWEEN_BOXES.fullmatch(text[box.end() + len(earlier) + 1 : end]):
+        if earlier is None:
+            break
+        between = text[box.end() + len(earlier) + 1 : end]
+        if len(between) > BETWEEN_CHARACTERS or not _BETWEEN_BOXES.fullmatch(between):
             break
         if earlier.strip() != content.strip():
             content = f"{earlier}, {content}"
@@ -92,6 +96,8 @@ def final_answer(response: str) -> str | None:
     if marks:
         return _stated(text[marks[-1].end() :].strip().strip("*").lstrip(": "))
     line = text.strip().rsplit("\n", 1)[-1]
+    if (formula := _last_formula(line)) is not None:
+        return formula or None
     if (
         len(line) == len(response.strip()) <= ANSWER_CHARACTERS
         and "=" not in line
@@ -115,8 +121,10 @@ def _stated(text: str) -> str | None:
             return text[2:end].strip() or None
     if text.startswith("$"):
         return _formula(text)
-    text = text.split("\n", 1)[0].strip(" .*:")
-    return text.strip("$ ") or None
+    line = text.split("\n", 1)[0]
+    if r"\begin{" in line and line.count(r"\begin{") > line.count(r"\end{"):
+        line = text[: text.rfind("}") + 1]  # a matrix over several lines
+    return line.strip(" .*:").strip("$ ") or None
 
 
 def _formula(text: str) -> str | None:
@@ -126,7 +134,8 @@ def _formula(text: str) -> str | None:
         return text.split("\n", 1)[0].strip(" .*$") or None
     end = signs[1]
     for opening, closing in zip(signs[2::2], signs[3::2], strict=False):
-        if not _CONNECTED.fullmatch(text[end + 1 : opening]):
+        between = text[end + 1 : opening]
+        if len(between) > BETWEEN_CHARACTERS or not _CONNECTED.fullmatch(between):
             break
         end = closing
     return text[1:end].strip() or None
@@ -181,17 +190,23 @@ def quick_verdict(response: str, answer: str) -> Verdict | None:
     otherwise be the cheapest way to a reward on arithmetic questions.
     """
     answer = unboxed(answer)
+    if not answer:
+        return Verdict(0.0, "the gold answer is empty")
     given = final_answer(response)
+    if answer in (given, whole_formula(response), response[:TAIL_CHARACTERS].strip()):
+        return Verdict(1.0, "same text")
     if given is None:
         return Verdict(0.0, "no final answer")
     if len(given) > ANSWER_CHARACTERS:
         return Verdict(0.0, f"final answer of {len(given)} characters, at most {ANSWER_CHARACTERS} are read")
-    if answer in (given, whole_formula(response)):
-        return Verdict(1.0, "same text") if answer else Verdict(0.0, "the gold answer is empty")
+    return _number_verdict(given, answer, last_boxed(response[-TAIL_CHARACTERS:]) is not None)
+
+
+def _number_verdict(given: str, answer: str, is_boxed: bool) -> Verdict | None:
+    """The verdict where the gold answer is a plain number; None where more than that decides."""
     expected = plain_number(answer)
     if expected is None:
         return None
-    is_boxed = last_boxed(response[-TAIL_CHARACTERS:]) is not None
     value = plain_number(given)
     if value is None and not is_boxed and _PROSE.search(given) and not re.search(r"[\\^/]", given):
         # "42 apples, because ...": the number of the first clause

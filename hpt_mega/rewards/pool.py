@@ -30,6 +30,7 @@ _IN_PROCESS: dict[str, Callable[[str, str], Verdict | None]] = {
 }
 KINDS = tuple(_IN_PROCESS)
 MEMORY_MIB = 1024  # of a worker's address space
+START_FAILURES = 3  # in a row, of workers that end before they are ready
 START_DEADLINE_S = 120.0  # importing sympy on a loaded machine
 
 
@@ -109,6 +110,7 @@ class RewardPool:
         self._deadline_s = deadline_s
         self._memory_mib = memory_mib
         self._turn = threading.Lock()
+        self._start_failures = 0
         # Started now, so that their imports overlap with the first rollout.
         self._workers = [_Worker(deadline_s, memory_mib) for _ in range(workers)]
         self._closed = False
@@ -181,6 +183,7 @@ class RewardPool:
             raise RuntimeError(f"a reward worker cannot start: {reply['error']}. Install math-verify.")
         elif "ready" in reply:
             worker.ready = True
+            self._start_failures = 0
         elif reply:
             assert worker.item is not None
             settled[worker.item] = Verdict(float(reply["reward"]), str(reply["why"]))
@@ -189,9 +192,10 @@ class RewardPool:
     def _replace(self, worker: _Worker, why: str, settled: dict[int, Verdict]) -> None:
         """Kills a worker, counts its item as wrong and starts another in its place."""
         worker.kill()
-        if not worker.ready:
+        self._start_failures += not worker.ready
+        if self._start_failures == START_FAILURES:
             raise RuntimeError(
-                f"a reward worker did not start within {START_DEADLINE_S:g} s "
+                f"{START_FAILURES} reward workers in a row did not start within {START_DEADLINE_S:g} s "
                 f"(exit code {worker.process.returncode}). "
                 f"Try: {sys.executable} -m hpt_mega.rewards.worker {self._deadline_s:g} {self._memory_mib}"
             )

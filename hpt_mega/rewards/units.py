@@ -49,8 +49,12 @@ _SCALES = {
     "trillion": 10**12,
 }
 _SCALE = re.compile(rf"(?<=[\d.}}\s])\s*«?\s*({'|'.join(_SCALES)})s?\b\s*»?(.*)")
+_KNOWN = "|".join(sorted((name for name in _BASE if len(name) > 1), key=len, reverse=True))
 _TAIL = re.compile(
-    r"(?<=[\d)}\].°!a-z])\s*(?P<unit>(?:«[^»]*»|(?<![A-Za-z\\])[A-Za-z]{2,}(?![A-Za-z])|(?<=\s)[mgshLNJKVWCF](?![A-Za-z]))"
+    r"\s*(?P<unit>(?:«[^»]*»"  # in \text{...}
+    rf"|(?<=[\d)}}°])(?:{_KNOWN})s?(?![A-Za-z])"  # 5cm
+    r"|(?<=[\d)}°i]\s)(?:[A-Za-z]{4,}|(?:cm|mm|km|ft|sq)(?![A-Za-z]))"  # 5 apples, 4\pi cm
+    rf"|(?<=\d\s)(?:{_KNOWN}|[mgshLNJKVWCF])(?![A-Za-z]))"  # 5 m, 5 hr
     r"(?:«[^»]*»|[A-Za-z]+|\^\s*\{?\s*-?\d\s*\}?|[/*.,\s-]|°)*)$"
 )
 _PIECE = re.compile(r"[A-Za-z]+|\^\s*\{?\s*(-?\d)\s*\}?|/")
