@@ -60,3 +60,7 @@ class RolloutEngine(Protocol):
     def health(self) -> str:
         """Empty when the engine can serve; otherwise what is wrong."""
         ...
+
+
+class EngineError(RuntimeError):
+    """An engine that did not do what it was asked; says which, what, and the end of its log."""

@@ -6,11 +6,22 @@ Pure tensor arithmetic, bit-exact both ways: split(fuse(x)) is x, and so is merg
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from hpt_mega.resharding.mapping.shape import LatentAttention, ModelShape
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What one rank holds of a Hugging Face tensor, as a view: a slice along `dim` that begins at `start`."""
+
+    tensor: int  # position among the row's Hugging Face tensors
+    dim: int
+    start: int
+    part: Tensor
 
 
 class Fusion:
@@ -46,6 +57,13 @@ class Fusion:
             return shards[0]
         cut = [shard.chunk(self.blocks, self.dim) for shard in shards]
         return torch.cat([pieces[block] for block in range(self.blocks) for pieces in cut], dim=self.dim)
+
+    def contribution(self, part: Tensor, shape: ModelShape, rank: int, size: int) -> list[Piece]:
+        """What a rank's part gives to each Hugging Face tensor; of a tensor all hold, the first rank gives."""
+        if self.dim is None:
+            return [Piece(0, 0, 0, part)] if rank == 0 else []
+        local = self.split(part, shape)
+        return [Piece(i, self.dim, rank * t.shape[self.dim], t) for i, t in enumerate(local)]
 
     def pieces(self, whole: Tensor, rank: int, size: int) -> list[tuple[int, Tensor]]:
         """A rank's pieces of the whole, as views, with where each begins along `dim`.
@@ -86,9 +104,15 @@ class LatentDown(Split):
         self._rows = rows
 
     def merge(self, shards: Sequence[Tensor], shape: ModelShape) -> list[Tensor]:
-        if shape.latent and len(shards[0]) == self._rows(shape.latent):
-            return [shards[0]]
-        return super().merge(shards, shape)
+        return [shards[0]] if self._is_whole(shards[0], shape) else super().merge(shards, shape)
+
+    def contribution(self, part: Tensor, shape: ModelShape, rank: int, size: int) -> list[Piece]:
+        if self._is_whole(part, shape):
+            return [Piece(0, 0, 0, part)] if rank == 0 else []
+        return super().contribution(part, shape, rank, size)
+
+    def _is_whole(self, part: Tensor, shape: ModelShape) -> bool:
+        return shape.latent is not None and len(part) == self._rows(shape.latent)
 
 
 class Vocabulary(Fusion):
@@ -98,6 +122,10 @@ class Vocabulary(Fusion):
 
     def split(self, whole: Tensor, shape: ModelShape) -> list[Tensor]:
         return [whole[: shape.vocab_size]]
+
+    def contribution(self, part: Tensor, shape: ModelShape, rank: int, size: int) -> list[Piece]:
+        start = rank * len(part)
+        return [Piece(0, 0, start, part[: max(0, shape.vocab_size - start)])]
 
     def pieces(self, whole: Tensor, rank: int, size: int) -> list[tuple[int, Tensor]]:
         rows = padded_vocab_size(len(whole), size) // size
@@ -117,9 +145,9 @@ class QueryKeyValue(Fusion):
         return torch.cat(by_group, dim=1).flatten(0, 1)
 
     def split(self, whole: Tensor, shape: ModelShape) -> list[Tensor]:
-        by_group = whole.unflatten(0, (shape.num_query_groups, -1))
         heads = shape.num_attention_heads // shape.num_query_groups
         sizes = [heads * shape.head_dim, shape.head_dim, shape.head_dim]
+        by_group = whole.unflatten(0, (-1, sum(sizes)))  # a rank's part has fewer groups
         return [part.flatten(0, 1) for part in by_group.split(sizes, dim=1)]
 
 

@@ -1,0 +1,149 @@
+"""Rollouts by servers: a replica's leader asks them, its other ranks learn the answers, all bring the weights.
+
+A server is trusted with a policy version only after it scored known texts as the trainer does.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+from hpt_mega.megatron.runtime import Layout
+from hpt_mega.resharding.manifest import TransferError
+from hpt_mega.rollout.engine import EngineError, Sample, SamplingParams
+from hpt_mega.rollout.sync import WeightSync
+from hpt_mega.rollout.vllm import VLLMServer
+
+T = TypeVar("T")
+
+Scored = Sequence[tuple[Sequence[int], int]]  # token sequences, and how many of their last tokens are scored
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Texts that trainer and engine both score after each update."""
+
+    texts: Scored
+    trainer_logp: Callable[[], list[tuple[float, ...]]]  # all ranks call it together
+    bound: float  # largest mean absolute difference of log-probabilities that is let pass
+
+
+class ServedEngine:
+    """A rollout engine made of servers; every rank of a replica calls the same methods together.
+
+    `servers` are given on the replica's leader only.
+    """
+
+    def __init__(
+        self,
+        servers: Sequence[VLLMServer],
+        sync: WeightSync,
+        layout: Layout,
+        probe: Probe,
+        *,
+        start_deadline_s: float,
+        attempts: int = 2,
+    ) -> None:
+        self._servers = list(servers)
+        self._sync = sync
+        self._layout = layout
+        self._probe = probe
+        self._start_deadline_s = start_deadline_s
+        self._attempts = attempts
+        self._version = -1
+        self.probe_gap = 0.0  # of the last update
+
+    @property
+    def policy_version(self) -> int:
+        return self._version
+
+    def start(self, policy_version: int) -> None:
+        """Start the servers and give them the trainer's weights."""
+        self._together(self._start_servers)
+        self.update_weights(policy_version)
+
+    def generate(self, prompts: Sequence[Sequence[int]], sampling: SamplingParams) -> list[list[Sample]]:
+        """As RolloutEngine.generate. A dead server is started anew once; then EngineError, on all ranks."""
+        for attempt in range(self._attempts):
+            try:
+                samples = self._together(lambda: self._ask(prompts, sampling))
+                return [[replace(s, policy_version=self._version) for s in group] for group in samples]
+            except EngineError:
+                if attempt == self._attempts - 1:
+                    raise
+                self.start(self._version)
+        raise AssertionError("unreachable")
+
+    def update_weights(self, policy_version: int) -> None:
+        """Send the trainer's weights and check that they are served; once more where they are not."""
+        for attempt in range(self._attempts):
+            try:
+                self._sync.send(self._servers, policy_version)
+                self._verify(policy_version)
+            except (EngineError, TransferError):
+                if attempt == self._attempts - 1:
+                    raise
+                self._together(self._revive)
+            else:
+                self._version = policy_version
+                return
+
+    def health(self) -> str:
+        return "; ".join(f"{s.name}: {what}" for s in self._servers if (what := s.alive()))
+
+    def close(self) -> None:
+        for server in self._servers:
+            server.close()
+        self._sync.close()
+
+    def _ask(self, prompts: Sequence[Sequence[int]], sampling: SamplingParams) -> list[list[Sample]]:
+        return self._servers[0].generate(prompts, sampling)
+
+    def _start_servers(self) -> None:
+        for server in self._servers:
+            server.start(self._start_deadline_s)
+            server.connect(self._sync.path, self._sync.plan)
+
+    def _revive(self) -> None:
+        """Start the servers anew that do not answer."""
+        for server in self._servers:
+            if server.alive():
+                server.start(self._start_deadline_s)
+                server.connect(self._sync.path, self._sync.plan)
+
+    def _verify(self, policy_version: int) -> None:
+        """Raise EngineError, on all ranks, where a server's log-probabilities are not the trainer's."""
+        expected = [x for logp in self._probe.trainer_logp() for x in logp]
+
+        def gaps() -> list[float]:
+            return [
+                statistics.fmean(abs(a - b) for a, b in zip(self._scored(server), expected, strict=True))
+                for server in self._servers
+            ]
+
+        found = self._together(gaps)
+        self.probe_gap = max(found)
+        if not self.probe_gap <= self._probe.bound:
+            raise EngineError(
+                f"after the update to policy version {policy_version} the engines' log-probabilities differ from "
+                f"the trainer's by {', '.join(f'{gap:.2e}' for gap in found)} on average, expected at most "
+                f"{self._probe.bound:.0e} (rollout.server.probe_bound)"
+            )
+
+    def _scored(self, server: VLLMServer) -> list[float]:
+        return [x for tokens, count in self._probe.texts for x in server.prompt_logp(tokens)[-count:]]
+
+    def _together(self, work: Callable[[], T]) -> T:
+        """The leader's result on every rank of the replica, or EngineError on every rank."""
+        outcome: tuple[T | None, str] | None = None
+        if self._layout.is_leader:
+            try:
+                outcome = work(), ""
+            except EngineError as error:
+                outcome = None, str(error)
+        result, error_text = self._layout.broadcast_object(outcome)
+        if error_text:
+            raise EngineError(error_text)
+        return result  # type: ignore[return-value]

@@ -1,0 +1,256 @@
+"""A vLLM server that we own: started, asked for samples, given new weights, and ended, over loopback HTTP.
+
+What runs inside vLLM's processes is in vllm_plugin.py and vllm_worker.py. vLLM is not imported here.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hpt_mega.resharding.planner import Plan
+from hpt_mega.rollout.engine import EngineError, Sample, SamplingParams
+from hpt_mega.rollout.vllm_plugin import BACKEND, OWNED
+
+_MODULE = "vllm.entrypoints.launchers.api_server.entry"
+_REQUESTS_AT_ONCE = 64
+_POLL_S = 0.25
+_GRACE_S = 5.0
+_LONGEST_ANSWER_S = 30.0  # of the control endpoints that move no weights
+
+
+@dataclass(frozen=True)
+class ServerSettings:
+    """How a server is started. The model's folder gives the shape; its weights are replaced by the first sync."""
+
+    model: Path
+    dtype: str  # vLLM's name: bfloat16, float32
+    max_model_len: int
+    max_sequences: int
+    tp: int
+    seed: int
+    kv_cache_gib: int  # on CPU
+    gpu_memory_share: float  # on GPU
+    logp_at_temperature: bool  # log-probabilities after temperature (and top-p) instead of before
+
+
+@dataclass
+class VLLMServer:
+    """One `vllm serve` process group and the HTTP client to it. Methods may be called from any thread."""
+
+    name: str  # in messages and logs
+    settings: ServerSettings
+    log: Path
+    request_deadline_s: float
+    environment: dict[str, str] = field(default_factory=dict)  # e.g. CUDA_VISIBLE_DEVICES
+    _process: subprocess.Popen[bytes] | None = None
+    _port: int = 0
+    _key: str = field(default_factory=lambda: secrets.token_urlsafe(24), repr=False)
+    _local: threading.local = field(default_factory=threading.local, repr=False)
+
+    def start(self, deadline_s: float) -> None:
+        """Start the server and wait until it answers. Raises EngineError, with the log's end, where it does not.
+
+        Call it from a thread that lives as long as the server: the kernel ends the server with that thread.
+        """
+        self.close()
+        self._port = _free_port()
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        with self.log.open("ab") as log:
+            self._process = subprocess.Popen(
+                self._command(),
+                env=os.environ | self._own_environment() | self.environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        waiting_until = time.monotonic() + deadline_s
+        while not self._answers():
+            if self._process.poll() is not None:
+                raise self._error(f"ended at its start with exit code {self._process.returncode}")
+            if time.monotonic() > waiting_until:
+                self.close()
+                raise self._error(f"did not answer within {deadline_s:.0f} s of its start")
+            time.sleep(_POLL_S)
+
+    def generate(self, prompts: Sequence[Sequence[int]], sampling: SamplingParams) -> list[list[Sample]]:
+        """`sampling.n` samples a prompt, stamped with the weights' version. Raises EngineError."""
+        with ThreadPoolExecutor(_REQUESTS_AT_ONCE, thread_name_prefix=self.name) as pool:
+            asked = [
+                pool.submit(self._sample, prompt, sampling, sampling.seed + index * sampling.n)
+                for index, prompt in enumerate(prompts)
+            ]
+            return [one.result() for one in asked]
+
+    def prompt_logp(self, tokens: Sequence[int]) -> list[float]:
+        """Log-probabilities of tokens[1:], each given those before it, under the engine's weights."""
+        body = {
+            "token_ids": list(tokens),
+            "sampling_params": {"max_tokens": 1, "prompt_logprobs": 0, "detokenize": False},
+        }
+        answer = self._post("/inference/v1/generate", body, self.request_deadline_s)
+        return [
+            position[str(token)]["logprob"]
+            for token, position in zip(tokens[1:], answer["prompt_logprobs"][1:], strict=True)
+        ]
+
+    def connect(self, path: str, plan: Plan) -> None:
+        """Tell the engine where the trainer's buckets are and what will come through them."""
+        info = {"path": path, "plan": plan.describe(), "digest": plan.digest}
+        self._post("/init_weight_transfer_engine", {"init_info": info}, _LONGEST_ANSWER_S)
+
+    def begin_update(self) -> None:
+        """Hold running requests still and make the model ready for new weights."""
+        self._post("/pause?mode=keep", {}, _LONGEST_ANSWER_S)
+        self._post("/start_weight_update", {}, _LONGEST_ANSWER_S)
+
+    def load(self, index: int, checksums: Sequence[str]) -> None:
+        """Have the engine read bucket `index`; returns when it no longer needs the memory."""
+        update = {"index": index, "checksums": list(checksums)}
+        self._post("/update_weights", {"update_info": update}, self.request_deadline_s)
+
+    def finish_update(self, policy_version: int) -> None:
+        """Serve the new weights; what was computed with the old ones is forgotten."""
+        self._post("/finish_weight_update", {"weight_version": str(policy_version)}, self.request_deadline_s)
+        self._post("/reset_prefix_cache", {}, _LONGEST_ANSWER_S)
+        self._post("/resume", {}, _LONGEST_ANSWER_S)
+
+    def alive(self) -> str:
+        """Empty while the server runs and answers; else what is wrong."""
+        if self._process is None:
+            return "not started"
+        if self._process.poll() is not None:
+            return f"ended with exit code {self._process.returncode}"
+        return "" if self._answers() else "does not answer"
+
+    def log_tail(self, lines: int = 12) -> str:
+        text = self.log.read_text(errors="replace") if self.log.is_file() else ""
+        return "\n".join(f"  | {line}" for line in text.splitlines()[-lines:])
+
+    def close(self) -> None:
+        """End the server and all its processes."""
+        if self._process is None:
+            return
+        for number, wait_s in ((signal.SIGTERM, _GRACE_S), (signal.SIGKILL, _GRACE_S)):
+            try:
+                os.killpg(self._process.pid, number)
+                self._process.wait(wait_s)
+            except (ProcessLookupError, subprocess.TimeoutExpired):
+                continue
+        self._process = None
+
+    def _command(self) -> list[str]:
+        settings = self.settings
+        options = {
+            "model": settings.model,
+            "host": "127.0.0.1",
+            "port": self._port,
+            "dtype": settings.dtype,
+            "max-model-len": settings.max_model_len,
+            "max-num-seqs": settings.max_sequences,
+            "tensor-parallel-size": settings.tp,
+            "gpu-memory-utilization": settings.gpu_memory_share,
+            "seed": settings.seed,
+            "generation-config": "vllm",
+            "logprobs-mode": "processed_logprobs" if settings.logp_at_temperature else "raw_logprobs",
+            "weight-transfer-config": json.dumps({"backend": BACKEND}),
+            "middleware": "hpt_mega.rollout.vllm_plugin.RequireKey",
+            "uvicorn-log-level": "warning",
+        }
+        flags = ["--enable-scale-out", "--no-enable-log-requests"]
+        if not torch.cuda.is_available():
+            # on CPU there are no graphs, and a prompt cut in two ends a worker whose request has a seed
+            flags += ["--enforce-eager", "--no-enable-chunked-prefill"]
+        return [
+            *(sys.executable, "-m", _MODULE),
+            *(str(part) for key, value in options.items() for part in (f"--{key}", value)),
+            *flags,
+        ]
+
+    def _own_environment(self) -> dict[str, str]:
+        return {
+            OWNED: "1",
+            "VLLM_API_KEY": self._key,  # not an argument: those any user of the machine can list
+            "VLLM_SERVER_DEV_MODE": "1",  # the endpoints that change weights
+            "VLLM_CPU_KVCACHE_SPACE": str(self.settings.kv_cache_gib),
+            "VLLM_NO_USAGE_STATS": "1",
+            "HF_HUB_OFFLINE": "1",
+            "PYTHONUNBUFFERED": "1",
+        }
+
+    def _sample(self, prompt: Sequence[int], sampling: SamplingParams, seed: int) -> list[Sample]:
+        body = {
+            "token_ids": list(prompt),
+            "sampling_params": {
+                "n": sampling.n,
+                "max_tokens": sampling.max_new_tokens,
+                "temperature": sampling.temperature,
+                "top_p": sampling.top_p,
+                "seed": seed % 2**62,
+                "stop_token_ids": list(sampling.stop_tokens),
+                "ignore_eos": True,
+                "logprobs": 0,
+                "detokenize": False,
+            },
+        }
+        answer = self._post("/inference/v1/generate", body, self.request_deadline_s)
+        return [_read(choice, sampling) for choice in answer["choices"]]
+
+    def _answers(self) -> bool:
+        try:
+            self._request("GET", "/health", None, timeout_s=5.0)
+        except EngineError:
+            return False
+        return True
+
+    def _post(self, path: str, body: dict[str, Any], timeout_s: float) -> Any:
+        return json.loads(self._request("POST", path, json.dumps(body).encode(), timeout_s) or "null")
+
+    def _request(self, method: str, path: str, body: bytes | None, timeout_s: float) -> bytes:
+        """One exchange on this thread's connection. Raises EngineError that says what was asked."""
+        connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=timeout_s)
+        headers = {"Authorization": f"Bearer {self._key}", "Content-Type": "application/json"}
+        try:
+            connection.request(method, path, body, headers)
+            response = connection.getresponse()
+            content = response.read()
+        except TimeoutError:
+            raise self._error(f"gave no answer to {path} within {timeout_s:.0f} s") from None
+        except (OSError, http.client.HTTPException) as error:
+            raise self._error(f"{path} failed: {error or type(error).__name__}") from None
+        finally:
+            connection.close()
+        if response.status != http.HTTPStatus.OK:
+            said = content.decode(errors="replace")[:500]
+            raise self._error(f"answered {response.status} to {path}: {said}")
+        return content
+
+    def _error(self, what: str) -> EngineError:
+        return EngineError(f"engine {self.name} {what}\nlast lines of {self.log}:\n{self.log_tail()}")
+
+
+def _read(choice: dict[str, Any], sampling: SamplingParams) -> Sample:
+    logp = tuple(position["logprob"] for position in choice["logprobs"]["content"])
+    return Sample(tuple(choice["token_ids"]), logp, choice["finish_reason"] == "stop", -1)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

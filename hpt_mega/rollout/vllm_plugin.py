@@ -1,0 +1,47 @@
+"""What vLLM's processes load of ours at their start, by the entry point vllm.general_plugins and --middleware.
+
+Light on purpose: it is imported before vLLM has chosen its platform.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import secrets
+import signal
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+BACKEND = "hpt_shared_memory"
+OWNED = "HPT_OWNS_ENGINE"  # set in the environment of the servers a trainer starts
+_PR_SET_PDEATHSIG = 1
+
+
+def register() -> None:
+    """Make the transfer engine known, and have a trainer's server end with the trainer, however that dies."""
+    from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+
+    if BACKEND not in WeightTransferEngineFactory._registry:
+        WeightTransferEngineFactory.register_engine(
+            BACKEND, "hpt_mega.rollout.vllm_worker", "SharedMemoryTransfer"
+        )
+    if OWNED in os.environ:  # vLLM's own processes survive a killed parent
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+class RequireKey:
+    """ASGI middleware: vLLM's own --api-key does not cover the endpoints that change weights. This one covers
+    all but /health."""
+
+    def __init__(self, app: Callable[..., Awaitable[None]]) -> None:
+        self._app = app
+        self._expected = f"Bearer {os.environ['VLLM_API_KEY']}".encode()
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "http" and scope["path"] != "/health":
+            given = dict(scope["headers"]).get(b"authorization", b"")
+            if not secrets.compare_digest(given, self._expected):
+                await send({"type": "http.response.start", "status": 401, "headers": []})
+                await send({"type": "http.response.body", "body": b"unauthorized"})
+                return
+        await self._app(scope, receive, send)

@@ -1,0 +1,113 @@
+"""Inside a vLLM worker: the weight-transfer engine that loads the trainer's buckets into vLLM's model.
+
+The trainer's side of it is vllm.py; vllm_plugin.py makes it known to vLLM.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.distributed.weight_transfer.base import (
+    WeightTransferEngine,
+    WeightTransferInitInfo,
+    WeightTransferUpdateInfo,
+)
+from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
+from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+from hpt_mega.resharding.manifest import Ledger, TransferError
+from hpt_mega.resharding.planner import Bucket, Plan, Slot
+from hpt_mega.resharding.transport import SharedBuckets
+
+@dataclass
+class InitInfo(WeightTransferInitInfo):
+    path: str  # of the trainer's shared memory
+    plan: dict[str, Any]
+    digest: str
+
+
+@dataclass
+class UpdateInfo(WeightTransferUpdateInfo):
+    index: int  # of the bucket
+    checksums: list[str]
+
+
+class SharedMemoryTransfer(WeightTransferEngine[InitInfo, UpdateInfo]):
+    """Loads weights from shared memory, checked bucket by bucket."""
+
+    init_info_cls = InitInfo
+    update_info_cls = UpdateInfo
+
+    def init_transfer_engine(self, init_info: InitInfo) -> None:
+        self._plan = Plan.parse(init_info.plan)
+        if self._plan.digest != init_info.digest:
+            raise TransferError(f"the plan's digest is {self._plan.digest}, announced {init_info.digest}")
+        self._shared = SharedBuckets(init_info.path, self._plan.bucket_bytes)
+        self._last_bucket = {_layer(s.name): i for i, b in enumerate(self._plan.buckets) for s in b.slots}
+
+    def start_weight_update(self) -> None:
+        self._ledger = Ledger(self._plan)
+        self._loaded: set[str] = set()
+        self._parts: dict[str, Tensor] = {}
+        initialize_layerwise_reload(self.model)
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        self.receive_weights(self.parse_update_info(update_info))
+
+    def receive_weights(self, update_info: UpdateInfo) -> None:
+        buffer = self._shared.buffer(update_info.index)
+        bucket = self._ledger.receive(update_info.index, buffer, update_info.checksums)
+        self._loaded |= self.model.load_weights(self._tensors(update_info.index, bucket, buffer))
+
+    def finish_weight_update(self) -> None:
+        self._ledger.finish()
+        finalize_layerwise_reload(self.model, self.model_config)
+        _repack(self.model)
+        if absent := {name for name, _ in self.model.named_parameters()} - self._loaded:
+            raise TransferError(f"vLLM's model has parameters that nothing was sent for: {sorted(absent)[:8]}")
+
+    def shutdown(self) -> None:
+        self._shared.close()
+
+    def _tensors(self, index: int, bucket: Bucket, buffer: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """The whole tensors that bucket `index` completes, as load_weights takes them.
+
+        vLLM keeps a layer's tensors until it has them all: those whose layer goes on in a later bucket are
+        copied, for their memory is filled anew meanwhile.
+        """
+        for slot in bucket.slots:
+            tensor = self._assembled(slot, buffer)
+            if tensor is not None:
+                borrowed = slot.is_whole and self._last_bucket[_layer(slot.name)] > index
+                yield slot.name, tensor.clone() if borrowed else tensor
+
+    def _assembled(self, slot: Slot, buffer: Tensor) -> Tensor | None:
+        part = slot.view(buffer)
+        if slot.is_whole:
+            return part.view(slot.shape)
+        whole = self._parts.setdefault(slot.name, torch.empty(slot.shape, dtype=part.dtype))
+        whole[slot.first_row : slot.first_row + slot.rows] = part
+        is_last = slot.first_row + slot.rows == slot.shape[0]
+        return self._parts.pop(slot.name) if is_last else None
+
+
+def _layer(name: str) -> str:
+    """What vLLM processes as one: a decoder layer's tensors together, any other tensor by itself."""
+    parts = name.split(".")
+    number = next((i for i, part in enumerate(parts) if part.isdigit()), None)
+    return name if number is None else ".".join(parts[: number + 1])
+
+
+def _repack(model: torch.nn.Module) -> None:
+    """Pack every linear layer anew that keeps its weight beside a packed copy.
+
+    On CPU that is the output layer of a tied model: it shares the embedding's tensor, which was loaded, and
+    finalize_layerwise_reload leaves its packed copy as it was; vLLM would sample from a mixture of old and new.
+    """
+    for module in model.modules():
+        if hasattr(module, "cpu_linear") and module.weight.numel():
+            dispatch_cpu_unquantized_gemm(module, remove_weight=False)
