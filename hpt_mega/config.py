@@ -93,13 +93,28 @@ class RewardConfig:
 
 
 @dataclass
+class ServerConfig:
+    """The servers of engine=vllm, owned by each data-parallel replica."""
+
+    count: int = 1  # a replica
+    tp: int = 1  # tensor parallelism inside a server
+    kv_cache_gib: int = 1  # on CPU
+    gpu_memory_share: float = 0.5  # on GPU: of its memory, for weights and KV cache
+    bucket_mib: int = 64  # new weights travel in buckets of this size, two at a time
+    probe_bound: float = 0.05  # mean |log-probability of engine - of trainer| on known texts after an update
+    start_deadline_s: float = 300.0
+    request_deadline_s: float = 600.0
+
+
+@dataclass
 class RolloutConfig:
-    engine: str = "megatron"
+    engine: str = "megatron"  # megatron | vllm
     rollouts_per_question: int = 8
     max_new_tokens: int = 96
     temperature: float = 1.0
     top_p: float = 1.0
-    max_sequences: int = 128  # decoded together by the embedded engine; bounds its KV cache
+    max_sequences: int = 128  # decoded together
+    server: ServerConfig = field(default_factory=ServerConfig)
 
 
 @dataclass

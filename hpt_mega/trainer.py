@@ -71,7 +71,7 @@ class Trainer:
         metrics = self.learn(plan.trajectories)
         self.step += 1
         with self.timer.phase("sync"):
-            self.engine.update_weights(policy_version=self.step)
+            metrics |= self.engine.update_weights(policy_version=self.step)
         return {"step": self.step, **self._describe(rewarded, plan), **metrics}
 
     def generate(self, questions: Sequence[Question]) -> list[list[Sample]]:

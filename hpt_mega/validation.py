@@ -5,6 +5,7 @@ What a key may hold by its type alone is settled by config.py.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -21,7 +22,7 @@ from hpt_mega.objective import Row, algorithm
 from hpt_mega.rewards.pool import KINDS
 from hpt_mega.scheduler import gate
 
-ENGINES = ("megatron",)
+ENGINES = ("megatron", "vllm")
 PRECISIONS = ("bf16", "fp32")
 SCHEDULES = ("constant", "cosine", "linear")
 RESUME = ("never", "auto")
@@ -44,6 +45,7 @@ def validate(cfg: Config) -> None:
         _batch(cfg),
         _lengths(cfg, shape),
         _objective(cfg),
+        _servers(cfg, shape),
         _run_folder(cfg),
     )
     found = list(checks)
@@ -79,9 +81,12 @@ def _numbers(cfg: Config) -> Problems:
     above_zero = (
         "parallel.tp parallel.pp parallel.dp data.train_questions data.heldout_questions "
         "data.max_prompt_tokens data.max_demonstration_tokens reward.workers reward.deadline_s "
-        "rollout.max_new_tokens rollout.max_sequences rollout.top_p optimizer.lr critic.lr critic.clip "
-        "trainer.steps trainer.updates_per_step trainer.questions_per_step trainer.tokens_per_microbatch "
-        "trainer.keep_checkpoints trainer.deadline_s"
+        "rollout.max_new_tokens rollout.max_sequences rollout.top_p rollout.server.count rollout.server.tp "
+        "rollout.server.kv_cache_gib rollout.server.gpu_memory_share rollout.server.bucket_mib "
+        "rollout.server.probe_bound rollout.server.start_deadline_s rollout.server.request_deadline_s "
+        "optimizer.lr critic.lr critic.clip trainer.steps trainer.updates_per_step "
+        "trainer.questions_per_step trainer.tokens_per_microbatch trainer.keep_checkpoints "
+        "trainer.deadline_s"
     )
     at_least_zero = (
         "rollout.rollouts_per_question rollout.temperature optimizer.warmup_steps optimizer.weight_decay "
@@ -228,6 +233,27 @@ def _objective(cfg: Config) -> Problems:
             f"algorithm={row.name} compares the rollouts of a question and "
             "is 1: there is nothing to compare; set at least 2"
         )
+
+
+def _servers(cfg: Config, shape: Mapping[str, Any]) -> Problems:
+    """What the servers of rollouts need, where there are any."""
+    rollout = cfg.rollout
+    if rollout.engine == "megatron":
+        return
+    if importlib.util.find_spec("vllm") is None:
+        yield (
+            "rollout.engine is vllm, which is not installed; on GPUs `pip install -e '.[vllm]'`, without one "
+            "`make .venv/.vllm`, or set rollout=megatron"
+        )
+    if rollout.temperature not in (0.0, 1.0) and rollout.top_p < 1:
+        yield (
+            f"rollout.temperature is {rollout.temperature} and top_p {rollout.top_p}: vLLM then reports "
+            "log-probabilities after the truncation, which the objective cannot use; set one of them to 1"
+        )
+    heads = shape.get("num_attention_heads")
+    if heads and heads % rollout.server.tp:
+        fitting = _divisors(heads, heads)
+        yield f"rollout.server.tp is {rollout.server.tp} and the model has {heads} heads; expected {fitting}"
 
 
 def _gate_fits(row: Row, rollouts: bool, demonstrations: bool, gate_name: str) -> Problems:

@@ -9,6 +9,7 @@ import json
 import sys
 import traceback
 import warnings
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,13 +31,20 @@ from hpt_mega.megatron.model import DTYPES, PolicyModel, build_model  # noqa: E4
 from hpt_mega.megatron.optimizer import build_optimizer, wrap_data_parallel  # noqa: E402
 from hpt_mega.megatron.runtime import Layout  # noqa: E402
 from hpt_mega.objective import algorithm  # noqa: E402
-from hpt_mega.resharding.mapping import ModelShape, family_for  # noqa: E402
+from hpt_mega.resharding.mapping import Family, ModelShape, family_for  # noqa: E402
 from hpt_mega.rewards.pool import RewardPool  # noqa: E402
+from hpt_mega.rollout.engine import RolloutEngine  # noqa: E402
 from hpt_mega.rollout.megatron import MegatronEngine  # noqa: E402
+from hpt_mega.rollout.served import Probe, ServedEngine  # noqa: E402
+from hpt_mega.rollout.sync import WeightSync  # noqa: E402
+from hpt_mega.rollout.vllm import ServerSettings, VLLMServer  # noqa: E402
 from hpt_mega.scheduler.gate import gate  # noqa: E402
 from hpt_mega.telemetry.metrics import PhaseTimer  # noqa: E402
 from hpt_mega.telemetry.run import RunLog  # noqa: E402
 from hpt_mega.trainer import Trainer  # noqa: E402
+from hpt_mega.trajectory import Question, Source, Trajectory  # noqa: E402
+
+PROBE_TEXTS = 2  # demonstrations that trainer and servers both score after every update
 
 
 def main(config_path: str) -> int:
@@ -68,6 +76,7 @@ def train(cfg: Config, layout: Layout, timer: PhaseTimer) -> None:
                     export(cfg, layout, trainer)
             log.finish(timer.take())
         finally:
+            trainer.engine.close()
             if trainer.rewards:
                 trainer.rewards.close()
 
@@ -87,13 +96,12 @@ def build_trainer(
     rewards = (
         RewardPool(cfg.reward.kind, cfg.reward.workers, cfg.reward.deadline_s) if layout.is_leader else None
     )
+    learner = build_learner(cfg, layout, model, shape)
     return Trainer(
         cfg=cfg,
         layout=layout,
-        learner=build_learner(cfg, layout, model, shape),
-        engine=MegatronEngine(
-            model, layout, vocab_size=shape.vocab_size, max_sequences=cfg.rollout.max_sequences
-        ),
+        learner=learner,
+        engine=build_engine(cfg, layout, learner, family, shape, questions.train),
         gate=gate(cfg.gate.name, **cfg.gate.options),
         loader=QuestionLoader(
             questions.train, cfg.trainer.questions_per_step, layout.dp_rank, layout.dp_size, cfg.seed
@@ -105,6 +113,56 @@ def build_trainer(
         log=log,
         timer=timer,
     )
+
+
+def build_engine(
+    cfg: Config,
+    layout: Layout,
+    learner: Learner,
+    family: Family,
+    shape: ModelShape,
+    questions: Sequence[Question],
+) -> RolloutEngine:
+    """The engine that rollout.engine names. Servers are started, and serve the policy, when this returns."""
+    rollout = cfg.rollout
+    model = learner.policy.module
+    if rollout.engine == "megatron":
+        return MegatronEngine(model, layout, vocab_size=shape.vocab_size, max_sequences=rollout.max_sequences)
+    texts = [
+        Trajectory(q.prompt_tokens, q.demonstration_tokens, index, Source.OFFLINE, 0)
+        for index, q in enumerate(questions[:PROBE_TEXTS])
+    ]
+    engine = ServedEngine(
+        build_servers(cfg, layout) if layout.is_leader else [],
+        WeightSync(model, family, shape, layout, rollout.server.bucket_mib << 20),
+        layout,
+        Probe(texts, lambda: learner.logprobs(texts), rollout.server.probe_bound),
+        start_deadline_s=rollout.server.start_deadline_s,
+    )
+    engine.start(policy_version=0)
+    return engine
+
+
+def build_servers(cfg: Config, layout: Layout) -> list[VLLMServer]:
+    """A replica's servers, not started."""
+    rollout = cfg.rollout
+    settings = ServerSettings(
+        model=Path(cfg.model.path),
+        dtype=str(DTYPES[cfg.precision.dtype]).removeprefix("torch."),
+        max_model_len=cfg.data.max_prompt_tokens + rollout.max_new_tokens,
+        max_sequences=rollout.max_sequences,
+        tp=rollout.server.tp,
+        seed=cfg.seed,
+        kv_cache_gib=rollout.server.kv_cache_gib,
+        gpu_memory_share=rollout.server.gpu_memory_share,
+        logp_at_temperature=rollout.temperature not in (0.0, 1.0),
+    )
+    names = [f"{layout.dp_rank}.{index}" for index in range(rollout.server.count)]
+    logs = Path(cfg.run_dir) / "logs"
+    return [
+        VLLMServer(name, settings, logs / f"engine{name}.log", rollout.server.request_deadline_s)
+        for name in names
+    ]
 
 
 def build_learner(cfg: Config, layout: Layout, model: PolicyModel, shape: ModelShape) -> Learner:

@@ -53,6 +53,10 @@ class Learner:
         means = {name: statistics.fmean(one[name] for one in updates if name in one) for name in names}
         return means | {"tokens_trained": sum(one["tokens_trained"] for one in updates), "lr": rate}
 
+    def logprobs(self, trajectories: Sequence[Trajectory]) -> list[tuple[float, ...]]:
+        """Log-probabilities of the response tokens under the current policy, on every rank of the replica."""
+        return self._per_token(trajectories, self._logp_under(self.policy.module, temperature=1.0))
+
     def save(self, folder: Path, common: dict[str, Any]) -> None:
         """Write all that learning goes on from; `common` is small plain data."""
         save_state(folder, self.policy.module, self.optimizer, common, self.layout, self.critic)
@@ -75,8 +79,12 @@ class Learner:
             scored = [replace(t, values=values) for t, values in zip(scored, found, strict=True)]
         return scored
 
-    def _logp_under(self, model: PolicyModel) -> Callable[[Sequence[MicroBatch]], list[torch.Tensor]]:
+    def _logp_under(
+        self, model: PolicyModel, temperature: float | None = None
+    ) -> Callable[[Sequence[MicroBatch]], list[torch.Tensor]]:
         objective = self._objective(1.0)
+        if temperature is not None:
+            objective = replace(objective, temperature=temperature)
 
         def logp(microbatches: Sequence[MicroBatch]) -> list[torch.Tensor]:
             return score(model, microbatches, lambda *given: objective.logprobs(*given)[0], self.layout)

@@ -21,7 +21,7 @@ class TransferError(RuntimeError):
 
 def checksums(bucket: Bucket, buffer: Tensor) -> list[str]:
     """The xxh3 checksum of each slot's bytes, in the bucket's order. `buffer` is uint8 and in host memory."""
-    data = memoryview(buffer.numpy())
+    data = buffer.numpy().data
     return [xxhash.xxh3_64_hexdigest(data[s.offset : s.offset + s.nbytes]) for s in bucket.slots]
 
 
@@ -41,9 +41,7 @@ class Ledger:
             raise TransferError(f"bucket {index} came twice: {_list([s.name for s in bucket.slots])}")
         found = checksums(bucket, buffer)
         damaged = [
-            slot.name
-            for slot, one, other in zip(bucket.slots, found, announced, strict=True)
-            if one != other
+            slot.name for slot, one, other in zip(bucket.slots, found, announced, strict=True) if one != other
         ]
         if damaged:
             raise TransferError(f"bucket {index} arrived damaged: {_list(damaged)}")

@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from hpt_mega.checkpoint.safetensors import DTYPE_CODES, Spec
@@ -141,12 +140,17 @@ class Write:
 
 
 def plan_writes(plan: Plan, pieces: Iterable[tuple[str, Piece]]) -> list[list[Write]]:
-    """By bucket, the copies that bring a rank's pieces (with the tensors' names) to where the plan puts them."""
+    """By bucket, the copies that bring a rank's pieces, by tensor's name, to their place in the plan."""
     by_name: dict[str, list[Piece]] = {}
     for name, piece in pieces:
         by_name.setdefault(name, []).append(piece)
     return [
-        [write for slot in bucket.slots for piece in by_name.get(slot.name, []) for write in _cut(slot, piece)]
+        [
+            write
+            for slot in bucket.slots
+            for piece in by_name.get(slot.name, [])
+            for write in _cut(slot, piece)
+        ]
         for bucket in plan.buckets
     ]
 
@@ -161,4 +165,3 @@ def _cut(slot: Slot, piece: Piece) -> Iterator[Write]:
     end = min(piece.start + len(part), slot.first_row + slot.rows)
     if begin < end:
         yield Write(slot, part[begin - piece.start : end - piece.start], 0, begin - slot.first_row)
-

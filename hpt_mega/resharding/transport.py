@@ -1,4 +1,4 @@
-"""Moving the buckets of a weight update from the trainer's ranks to engines on the same host, by shared memory.
+"""Moves the buckets of a weight update from the trainer's ranks to engines of the same host: shared memory.
 
 Each rank copies what it holds straight to its place in the bucket: the gather is the memory the engine reads.
 """
@@ -6,8 +6,9 @@ Each rank copies what it holds straight to its place in the bucket: the gather i
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -17,8 +18,6 @@ from hpt_mega.resharding.manifest import TransferError, checksums
 from hpt_mega.resharding.planner import Plan, Write
 
 BUFFERS = 2  # one is filled while engines read the other
-
-Send = Callable[[int, Sequence[str]], None]
 
 
 class SharedBuckets:
@@ -54,37 +53,52 @@ class SharedBuckets:
             self._descriptor = None
 
 
+class Receiver(Protocol):
+    """An engine's side of a weight update; each call returns when the engine has done it, or raises."""
+
+    def begin_update(self) -> None: ...
+
+    def load(self, index: int, checksums: Sequence[str]) -> None:
+        """Read bucket `index`; its memory is filled anew when all have returned."""
+        ...
+
+    def finish_update(self, policy_version: int) -> None: ...
+
+
 def stream(
     plan: Plan,
     writes: Sequence[Sequence[Write]],
     shared: SharedBuckets,
     group: dist.ProcessGroup,
-    send: Sequence[Send],
+    engines: Sequence[Receiver],
+    policy_version: int,
 ) -> None:
     """Fill the buckets together with all ranks of `group`, and have each engine read them in turn.
 
-    `writes` are this rank's copies by bucket. `send`, given on one rank only, hands a bucket to an engine with
-    its checksums and returns when it was read; while engines read one bucket, the ranks fill the next. What a
-    send raises is raised there, and TransferError on the other ranks; all leave at the same bucket.
+    `writes` are this rank's copies by bucket; `engines` are given on one rank only. While they read one
+    bucket, the ranks fill the next. What an engine raises is raised there, and TransferError on the other
+    ranks; all leave at the same bucket.
     """
-    with ThreadPoolExecutor(max(1, len(send)), thread_name_prefix="weights") as pool:
-        reading: list[Future[None]] = []
+    with ThreadPoolExecutor(max(1, len(engines)), thread_name_prefix="weights") as pool:
+        busy: list[Future[None]] = [pool.submit(engine.begin_update) for engine in engines]
         for index, bucket in enumerate(plan.buckets):
             for write in writes[index]:
                 write.run(shared.buffer(index))
-            _agree(group, reading, f"bucket {index - 1} of {len(plan.buckets)}")
-            if send:
+            _agree(group, busy)
+            if engines:
                 announced = checksums(bucket, shared.buffer(index))
-                reading = [pool.submit(one, index, announced) for one in send]
-        _agree(group, reading, "the last bucket")
+                busy = [pool.submit(engine.load, index, announced) for engine in engines]
+        _agree(group, busy)
+        busy = [pool.submit(engine.finish_update, policy_version) for engine in engines]
+        _agree(group, busy)
 
 
-def _agree(group: dist.ProcessGroup, reading: Sequence[Future[None]], what: str) -> None:
-    """Wait for the reads of this rank's engines, and for all ranks; raise on all where one failed."""
-    errors = [error for future in reading if (error := future.exception())]
-    failed = torch.tensor([1 if errors else 0])
+def _agree(group: dist.ProcessGroup, busy: Sequence[Future[None]]) -> None:
+    """Wait for this rank's engines, and for all ranks; raise on all where one failed."""
+    errors = [error for future in busy if (error := future.exception())]
+    failed = torch.tensor([len(errors)])
     dist.all_reduce(failed, op=dist.ReduceOp.MAX, group=group)
     if errors:
         raise errors[0]
     if failed.item():
-        raise TransferError(f"an engine did not take {what} of the weights; the leader's log says why")
+        raise TransferError("an engine did not take the weights; the log of the replica's leader says why")

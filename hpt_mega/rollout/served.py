@@ -1,4 +1,4 @@
-"""Rollouts by servers: a replica's leader asks them, its other ranks learn the answers, all bring the weights.
+"""Rollouts by servers: a replica's leader asks them, its ranks learn the answers and bring the weights.
 
 A server is trusted with a policy version only after it scored known texts as the trainer does.
 """
@@ -6,6 +6,7 @@ A server is trusted with a policy version only after it scored known texts as th
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
@@ -15,17 +16,16 @@ from hpt_mega.resharding.manifest import TransferError
 from hpt_mega.rollout.engine import EngineError, Sample, SamplingParams
 from hpt_mega.rollout.sync import WeightSync
 from hpt_mega.rollout.vllm import VLLMServer
+from hpt_mega.trajectory import Trajectory
 
 T = TypeVar("T")
-
-Scored = Sequence[tuple[Sequence[int], int]]  # token sequences, and how many of their last tokens are scored
 
 
 @dataclass(frozen=True)
 class Probe:
-    """Texts that trainer and engine both score after each update."""
+    """Texts whose responses trainer and engine both score after each update."""
 
-    texts: Scored
+    texts: Sequence[Trajectory]
     trainer_logp: Callable[[], list[tuple[float, ...]]]  # all ranks call it together
     bound: float  # largest mean absolute difference of log-probabilities that is let pass
 
@@ -44,16 +44,14 @@ class ServedEngine:
         probe: Probe,
         *,
         start_deadline_s: float,
-        attempts: int = 2,
     ) -> None:
         self._servers = list(servers)
         self._sync = sync
         self._layout = layout
         self._probe = probe
         self._start_deadline_s = start_deadline_s
-        self._attempts = attempts
         self._version = -1
-        self.probe_gap = 0.0  # of the last update
+        self._expected: list[float] = []  # the trainer's log-probabilities of the probe's responses
 
     @property
     def policy_version(self) -> int:
@@ -65,30 +63,47 @@ class ServedEngine:
         self.update_weights(policy_version)
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: SamplingParams) -> list[list[Sample]]:
-        """As RolloutEngine.generate. A dead server is started anew once; then EngineError, on all ranks."""
-        for attempt in range(self._attempts):
+        """As RolloutEngine.generate. A dead server is started anew, once; then EngineError, on all ranks."""
+        for last in (False, True):
             try:
                 samples = self._together(lambda: self._ask(prompts, sampling))
                 return [[replace(s, policy_version=self._version) for s in group] for group in samples]
             except EngineError:
-                if attempt == self._attempts - 1:
+                if last:
                     raise
-                self.start(self._version)
+                self._together(self._revive)
+                self._bring(self._version)
         raise AssertionError("unreachable")
 
-    def update_weights(self, policy_version: int) -> None:
-        """Send the trainer's weights and check that they are served; once more where they are not."""
-        for attempt in range(self._attempts):
+    def update_weights(self, policy_version: int) -> dict[str, float]:
+        """Send the trainer's weights and check that they are served; the whole job calls it together."""
+        self._expected = [logp for text in self._probe.trainer_logp() for logp in text]
+        return self._bring(policy_version)
+
+    def _bring(self, policy_version: int) -> dict[str, float]:
+        """The servers to the trainer's weights; once more, with servers started anew, where that fails.
+
+        Only the ranks of this replica take part: another replica's servers may be well.
+        """
+        for last in (False, True):
             try:
+                began = time.perf_counter()
                 self._sync.send(self._servers, policy_version)
-                self._verify(policy_version)
+                sent = time.perf_counter()
+                gap = self._verify(policy_version)
             except (EngineError, TransferError):
-                if attempt == self._attempts - 1:
+                if last:
                     raise
                 self._together(self._revive)
             else:
                 self._version = policy_version
-                return
+                return {
+                    "sync/send_s": sent - began,
+                    "sync/verify_s": time.perf_counter() - sent,
+                    "sync/gb_per_s": self._sync.plan.nbytes / (sent - began) / 1e9,
+                    "sync/probe_gap": gap,
+                }
+        raise AssertionError("unreachable")
 
     def health(self) -> str:
         return "; ".join(f"{s.name}: {what}" for s in self._servers if (what := s.alive()))
@@ -113,9 +128,10 @@ class ServedEngine:
                 server.start(self._start_deadline_s)
                 server.connect(self._sync.path, self._sync.plan)
 
-    def _verify(self, policy_version: int) -> None:
-        """Raise EngineError, on all ranks, where a server's log-probabilities are not the trainer's."""
-        expected = [x for logp in self._probe.trainer_logp() for x in logp]
+    def _verify(self, policy_version: int) -> float:
+        """The largest gap of a server's log-probabilities to the trainer's; EngineError, on all ranks, where it
+        is beyond the bound."""
+        expected = self._expected
 
         def gaps() -> list[float]:
             return [
@@ -124,16 +140,22 @@ class ServedEngine:
             ]
 
         found = self._together(gaps)
-        self.probe_gap = max(found)
-        if not self.probe_gap <= self._probe.bound:
+        if not max(found) <= self._probe.bound:
             raise EngineError(
-                f"after the update to policy version {policy_version} the engines' log-probabilities differ from "
-                f"the trainer's by {', '.join(f'{gap:.2e}' for gap in found)} on average, expected at most "
-                f"{self._probe.bound:.0e} (rollout.server.probe_bound)"
+                f"after the update to policy version {policy_version} the servers' log-probabilities differ from "
+                f"the trainer's by {', '.join(f'{gap:.1e}' for gap in found)} on average, expected at most "
+                f"rollout.server.probe_bound = {self._probe.bound:.1e}"
             )
+        return max(found)
 
     def _scored(self, server: VLLMServer) -> list[float]:
-        return [x for tokens, count in self._probe.texts for x in server.prompt_logp(tokens)[-count:]]
+        return [
+            logp
+            for text in self._probe.texts
+            for logp in server.prompt_logp([*text.prompt_tokens, *text.response_tokens])[
+                -len(text.response_tokens) :
+            ]
+        ]
 
     def _together(self, work: Callable[[], T]) -> T:
         """The leader's result on every rank of the replica, or EngineError on every rank."""

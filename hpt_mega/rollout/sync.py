@@ -18,12 +18,11 @@ from hpt_mega.resharding.manifest import check_names
 from hpt_mega.resharding.mapping import Entry, Family, ModelShape
 from hpt_mega.resharding.mapping.fusion import Piece
 from hpt_mega.resharding.planner import plan_update, plan_writes
-from hpt_mega.resharding.transport import SharedBuckets, stream
-from hpt_mega.rollout.vllm import VLLMServer
+from hpt_mega.resharding.transport import Receiver, SharedBuckets, stream
 
 
 class WeightSync:
-    """One replica's policy as a stream of Hugging Face tensors. All ranks of the replica make and use it together.
+    """One replica's policy as a stream of Hugging Face tensors; its ranks make and use it together.
 
     `model` must be in its final memory: wrapped for data parallelism, with its optimizer built.
     """
@@ -37,7 +36,9 @@ class WeightSync:
         stages = self._first_stages({entry.megatron: Spec.of(part) for entry, part in mine})
         entries = list(family.entries(shape))
         check_names(
-            [entry.megatron for entry in entries], list(stages), f"parameters of a replica, {family.name} table"
+            [entry.megatron for entry in entries],
+            list(stages),
+            f"parameters of a replica, {family.name} table",
         )
         tensors = {
             name: Spec(stages[entry.megatron][1].dtype, hf_shape)
@@ -49,14 +50,9 @@ class WeightSync:
         self._writes = plan_writes(self.plan, self._pieces(held, model))
         self._shared = self._open(bucket_bytes)
 
-    def send(self, engines: Sequence[VLLMServer], policy_version: int) -> None:
+    def send(self, engines: Sequence[Receiver], policy_version: int) -> None:
         """Bring the engines, given on the leader only, to the current weights. Raises on all ranks alike."""
-        for engine in engines:
-            engine.begin_update()
-        loads = [engine.load for engine in engines]
-        stream(self.plan, self._writes, self._shared, self._layout.model_group, loads)
-        for engine in engines:
-            engine.finish_update(policy_version)
+        stream(self.plan, self._writes, self._shared, self._layout.model_group, engines, policy_version)
 
     @property
     def path(self) -> str:

@@ -36,7 +36,7 @@ _LONGEST_ANSWER_S = 30.0  # of the control endpoints that move no weights
 
 @dataclass(frozen=True)
 class ServerSettings:
-    """How a server is started. The model's folder gives the shape; its weights are replaced by the first sync."""
+    """How a server is started. The model's folder gives the shape; the first update replaces its weights."""
 
     model: Path
     dtype: str  # vLLM's name: bfloat16, float32
@@ -64,7 +64,7 @@ class VLLMServer:
     _local: threading.local = field(default_factory=threading.local, repr=False)
 
     def start(self, deadline_s: float) -> None:
-        """Start the server and wait until it answers. Raises EngineError, with the log's end, where it does not.
+        """Start the server and wait until it answers. Raises EngineError, with its log's end.
 
         Call it from a thread that lives as long as the server: the kernel ends the server with that thread.
         """

@@ -1,4 +1,4 @@
-"""What vLLM's processes load of ours at their start, by the entry point vllm.general_plugins and --middleware.
+"""What vLLM's processes load of ours: by the entry point vllm.general_plugins and by --middleware.
 
 Light on purpose: it is imported before vLLM has chosen its platform.
 """

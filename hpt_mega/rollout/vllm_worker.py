@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 from hpt_mega.resharding.manifest import Ledger, TransferError
 from hpt_mega.resharding.planner import Bucket, Plan, Slot
 from hpt_mega.resharding.transport import SharedBuckets
+
 
 @dataclass
 class InitInfo(WeightTransferInitInfo):
@@ -61,14 +62,17 @@ class SharedMemoryTransfer(WeightTransferEngine[InitInfo, UpdateInfo]):
     def receive_weights(self, update_info: UpdateInfo) -> None:
         buffer = self._shared.buffer(update_info.index)
         bucket = self._ledger.receive(update_info.index, buffer, update_info.checksums)
-        self._loaded |= self.model.load_weights(self._tensors(update_info.index, bucket, buffer))
+        tensors = self._tensors(update_info.index, bucket, buffer)
+        self._loaded |= cast(Any, self.model).load_weights(tensors)
 
     def finish_weight_update(self) -> None:
         self._ledger.finish()
         finalize_layerwise_reload(self.model, self.model_config)
         _repack(self.model)
         if absent := {name for name, _ in self.model.named_parameters()} - self._loaded:
-            raise TransferError(f"vLLM's model has parameters that nothing was sent for: {sorted(absent)[:8]}")
+            raise TransferError(
+                f"vLLM's model has parameters that nothing was sent for: {sorted(absent)[:8]}"
+            )
 
     def shutdown(self) -> None:
         self._shared.close()
@@ -76,8 +80,8 @@ class SharedMemoryTransfer(WeightTransferEngine[InitInfo, UpdateInfo]):
     def _tensors(self, index: int, bucket: Bucket, buffer: Tensor) -> Iterator[tuple[str, Tensor]]:
         """The whole tensors that bucket `index` completes, as load_weights takes them.
 
-        vLLM keeps a layer's tensors until it has them all: those whose layer goes on in a later bucket are
-        copied, for their memory is filled anew meanwhile.
+        vLLM keeps a layer's tensors until it has them all: those whose layer goes on in a later bucket
+        are copied, for their memory is filled anew meanwhile.
         """
         for slot in bucket.slots:
             tensor = self._assembled(slot, buffer)
@@ -105,9 +109,10 @@ def _layer(name: str) -> str:
 def _repack(model: torch.nn.Module) -> None:
     """Pack every linear layer anew that keeps its weight beside a packed copy.
 
-    On CPU that is the output layer of a tied model: it shares the embedding's tensor, which was loaded, and
-    finalize_layerwise_reload leaves its packed copy as it was; vLLM would sample from a mixture of old and new.
+    On CPU that is the output layer of a tied model: it shares the embedding's tensor, which was loaded,
+    and finalize_layerwise_reload leaves its packed copy: vLLM would sample from a mixture of old and new.
     """
+    module: Any
     for module in model.modules():
         if hasattr(module, "cpu_linear") and module.weight.numel():
             dispatch_cpu_unquantized_gemm(module, remove_weight=False)

@@ -59,7 +59,7 @@ class Fusion:
         return torch.cat([pieces[block] for block in range(self.blocks) for pieces in cut], dim=self.dim)
 
     def contribution(self, part: Tensor, shape: ModelShape, rank: int, size: int) -> list[Piece]:
-        """What a rank's part gives to each Hugging Face tensor; of a tensor all hold, the first rank gives."""
+        """What a rank's part gives to each Hugging Face tensor; the first rank gives what all hold."""
         if self.dim is None:
             return [Piece(0, 0, 0, part)] if rank == 0 else []
         local = self.split(part, shape)
