@@ -88,7 +88,7 @@ class ServedEngine:
         for last in (False, True):
             try:
                 began = time.perf_counter()
-                self._sync.send(self._servers, policy_version)
+                self._sync.send([s.client for s in self._servers], policy_version)
                 sent = time.perf_counter()
                 gap = self._verify(policy_version)
             except (EngineError, TransferError):
@@ -114,48 +114,38 @@ class ServedEngine:
         self._sync.close()
 
     def _ask(self, prompts: Sequence[Sequence[int]], sampling: SamplingParams) -> list[list[Sample]]:
-        return self._servers[0].generate(prompts, sampling)
+        return self._servers[0].client.generate(prompts, sampling)
 
     def _start_servers(self) -> None:
         for server in self._servers:
             server.start(self._start_deadline_s)
-            server.connect(self._sync.path, self._sync.plan)
+            server.client.connect(self._sync.path, self._sync.plan)
 
     def _revive(self) -> None:
         """Start the servers anew that do not answer."""
         for server in self._servers:
             if server.alive():
                 server.start(self._start_deadline_s)
-                server.connect(self._sync.path, self._sync.plan)
+                server.client.connect(self._sync.path, self._sync.plan)
 
     def _verify(self, policy_version: int) -> float:
-        """The largest gap of a server's log-probabilities to the trainer's; EngineError, on all ranks, where it
-        is beyond the bound."""
-        expected = self._expected
-
-        def gaps() -> list[float]:
-            return [
-                statistics.fmean(abs(a - b) for a, b in zip(self._scored(server), expected, strict=True))
-                for server in self._servers
-            ]
-
-        found = self._together(gaps)
+        """The servers' largest mean gap to the trainer. Raises EngineError beyond the bound."""
+        found = self._together(lambda: [self._gap(server) for server in self._servers])
         if not max(found) <= self._probe.bound:
             raise EngineError(
-                f"after the update to policy version {policy_version} the servers' log-probabilities differ from "
-                f"the trainer's by {', '.join(f'{gap:.1e}' for gap in found)} on average, expected at most "
+                f"after the update to policy version {policy_version} the servers' log-probabilities are "
+                f"{', '.join(f'{gap:.1e}' for gap in found)} off the trainer's on average, expected at most "
                 f"rollout.server.probe_bound = {self._probe.bound:.1e}"
             )
         return max(found)
 
-    def _scored(self, server: VLLMServer) -> list[float]:
-        return [
+    def _gap(self, server: VLLMServer) -> float:
+        found = [
             logp
             for text in self._probe.texts
-            for logp in server.prompt_logp([*text.prompt_tokens, *text.response_tokens])[
-                -len(text.response_tokens) :
-            ]
+            for logp in server.client.logp(text.prompt_tokens, text.response_tokens)
         ]
+        return statistics.fmean(abs(a - b) for a, b in zip(found, self._expected, strict=True))
 
     def _together(self, work: Callable[[], T]) -> T:
         """The leader's result on every rank of the replica, or EngineError on every rank."""

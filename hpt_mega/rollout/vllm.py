@@ -13,7 +13,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -50,44 +49,14 @@ class ServerSettings:
 
 
 @dataclass
-class VLLMServer:
-    """One `vllm serve` process group and the HTTP client to it. Methods may be called from any thread."""
+class VLLMClient:
+    """The HTTP client of one vLLM server on this host. Methods may be called from any thread."""
 
-    name: str  # in messages and logs
-    settings: ServerSettings
-    log: Path
+    name: str  # in messages
+    port: int
+    key: str = field(repr=False)
     request_deadline_s: float
-    environment: dict[str, str] = field(default_factory=dict)  # e.g. CUDA_VISIBLE_DEVICES
-    _process: subprocess.Popen[bytes] | None = None
-    _port: int = 0
-    _key: str = field(default_factory=lambda: secrets.token_urlsafe(24), repr=False)
-    _local: threading.local = field(default_factory=threading.local, repr=False)
-
-    def start(self, deadline_s: float) -> None:
-        """Start the server and wait until it answers. Raises EngineError, with its log's end.
-
-        Call it from a thread that lives as long as the server: the kernel ends the server with that thread.
-        """
-        self.close()
-        self._port = _free_port()
-        self.log.parent.mkdir(parents=True, exist_ok=True)
-        with self.log.open("ab") as log:
-            self._process = subprocess.Popen(
-                self._command(),
-                env=os.environ | self._own_environment() | self.environment,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-        waiting_until = time.monotonic() + deadline_s
-        while not self._answers():
-            if self._process.poll() is not None:
-                raise self._error(f"ended at its start with exit code {self._process.returncode}")
-            if time.monotonic() > waiting_until:
-                self.close()
-                raise self._error(f"did not answer within {deadline_s:.0f} s of its start")
-            time.sleep(_POLL_S)
+    log: Path
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: SamplingParams) -> list[list[Sample]]:
         """`sampling.n` samples a prompt, stamped with the weights' version. Raises EngineError."""
@@ -98,17 +67,15 @@ class VLLMServer:
             ]
             return [one.result() for one in asked]
 
-    def prompt_logp(self, tokens: Sequence[int]) -> list[float]:
-        """Log-probabilities of tokens[1:], each given those before it, under the engine's weights."""
+    def logp(self, prompt: Sequence[int], response: Sequence[int]) -> list[float]:
+        """Log-probabilities of the response's tokens at temperature 1, under the engine's weights."""
         body = {
-            "token_ids": list(tokens),
+            "token_ids": [*prompt, *response],
             "sampling_params": {"max_tokens": 1, "prompt_logprobs": 0, "detokenize": False},
         }
         answer = self._post("/inference/v1/generate", body, self.request_deadline_s)
-        return [
-            position[str(token)]["logprob"]
-            for token, position in zip(tokens[1:], answer["prompt_logprobs"][1:], strict=True)
-        ]
+        scored = answer["prompt_logprobs"][len(prompt) :]
+        return [where[str(token)]["logprob"] for token, where in zip(response, scored, strict=True)]
 
     def connect(self, path: str, plan: Plan) -> None:
         """Tell the engine where the trainer's buckets are and what will come through them."""
@@ -131,17 +98,116 @@ class VLLMServer:
         self._post("/reset_prefix_cache", {}, _LONGEST_ANSWER_S)
         self._post("/resume", {}, _LONGEST_ANSWER_S)
 
+    def answers(self) -> bool:
+        try:
+            self._request("GET", "/health", None, timeout_s=5.0)
+        except EngineError:
+            return False
+        return True
+
+    def log_tail(self, lines: int = 12) -> str:
+        text = self.log.read_text(errors="replace") if self.log.is_file() else ""
+        return "\n".join(f"  | {line}" for line in text.splitlines()[-lines:])
+
+    def _sample(self, prompt: Sequence[int], sampling: SamplingParams, seed: int) -> list[Sample]:
+        body = {
+            "token_ids": list(prompt),
+            "sampling_params": {
+                "n": sampling.n,
+                "max_tokens": sampling.max_new_tokens,
+                "temperature": sampling.temperature,
+                "top_p": sampling.top_p,
+                "seed": seed % 2**62,
+                "stop_token_ids": list(sampling.stop_tokens),
+                "ignore_eos": True,
+                "logprobs": 0,
+                "detokenize": False,
+            },
+        }
+        answer = self._post("/inference/v1/generate", body, self.request_deadline_s)
+        return [_read(choice, sampling) for choice in answer["choices"]]
+
+    def _post(self, path: str, body: dict[str, Any], timeout_s: float) -> Any:
+        return json.loads(self._request("POST", path, json.dumps(body).encode(), timeout_s) or "null")
+
+    def _request(self, method: str, path: str, body: bytes | None, timeout_s: float) -> bytes:
+        """One exchange on this thread's connection. Raises EngineError that says what was asked."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout_s)
+        headers = {"Authorization": f"Bearer {self.key}", "Content-Type": "application/json"}
+        try:
+            connection.request(method, path, body, headers)
+            response = connection.getresponse()
+            content = response.read()
+        except TimeoutError:
+            raise self.error(f"gave no answer to {path} within {timeout_s:.0f} s") from None
+        except (OSError, http.client.HTTPException) as error:
+            raise self.error(f"{path} failed: {error or type(error).__name__}") from None
+        finally:
+            connection.close()
+        if response.status != http.HTTPStatus.OK:
+            said = content.decode(errors="replace")[:500]
+            raise self.error(f"answered {response.status} to {path}: {said}")
+        return content
+
+    def error(self, what: str) -> EngineError:
+        return EngineError(f"engine {self.name} {what}\nlast lines of {self.log}:\n{self.log_tail()}")
+
+
+@dataclass
+class VLLMServer:
+    """One vLLM server process that lives no longer than this one; `client` talks to it once it is started."""
+
+    name: str
+    settings: ServerSettings
+    log: Path
+    request_deadline_s: float
+    environment: dict[str, str] = field(default_factory=dict)  # e.g. CUDA_VISIBLE_DEVICES
+    _process: subprocess.Popen[bytes] | None = None
+    _client: VLLMClient | None = None
+
+    @property
+    def client(self) -> VLLMClient:
+        """Raises EngineError where the server was not started."""
+        if self._client is None:
+            raise EngineError(f"engine {self.name} was not started")
+        return self._client
+
+    def start(self, deadline_s: float) -> None:
+        """Start the server and wait until it answers. Raises EngineError, with its log's end.
+
+        Call it from a thread that lives as long as the server: the kernel ends the server with that thread.
+        """
+        self.close()
+        client = VLLMClient(
+            self.name, _free_port(), secrets.token_urlsafe(24), self.request_deadline_s, self.log
+        )
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        with self.log.open("ab") as log:
+            self._process = subprocess.Popen(
+                self._command(client.port),
+                env=os.environ | self._own_environment(client.key) | self.environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        waiting_until = time.monotonic() + deadline_s
+        while not client.answers():
+            if self._process.poll() is not None:
+                raise client.error(f"ended at its start with exit code {self._process.returncode}")
+            if time.monotonic() > waiting_until:
+                self.close()
+                raise client.error(f"did not answer within {deadline_s:.0f} s of its start")
+            time.sleep(_POLL_S)
+        self._client = client
+
     def alive(self) -> str:
         """Empty while the server runs and answers; else what is wrong."""
         if self._process is None:
             return "not started"
         if self._process.poll() is not None:
             return f"ended with exit code {self._process.returncode}"
-        return "" if self._answers() else "does not answer"
-
-    def log_tail(self, lines: int = 12) -> str:
-        text = self.log.read_text(errors="replace") if self.log.is_file() else ""
-        return "\n".join(f"  | {line}" for line in text.splitlines()[-lines:])
+        return "" if self.client.answers() else "does not answer"
 
     def close(self) -> None:
         """End the server and all its processes."""
@@ -153,14 +219,14 @@ class VLLMServer:
                 self._process.wait(wait_s)
             except (ProcessLookupError, subprocess.TimeoutExpired):
                 continue
-        self._process = None
+        self._process = self._client = None
 
-    def _command(self) -> list[str]:
+    def _command(self, port: int) -> list[str]:
         settings = self.settings
         options = {
             "model": settings.model,
             "host": "127.0.0.1",
-            "port": self._port,
+            "port": port,
             "dtype": settings.dtype,
             "max-model-len": settings.max_model_len,
             "max-num-seqs": settings.max_sequences,
@@ -183,66 +249,16 @@ class VLLMServer:
             *flags,
         ]
 
-    def _own_environment(self) -> dict[str, str]:
+    def _own_environment(self, key: str) -> dict[str, str]:
         return {
             OWNED: "1",
-            "VLLM_API_KEY": self._key,  # not an argument: those any user of the machine can list
+            "VLLM_API_KEY": key,  # not an argument: those any user of the machine can list
             "VLLM_SERVER_DEV_MODE": "1",  # the endpoints that change weights
             "VLLM_CPU_KVCACHE_SPACE": str(self.settings.kv_cache_gib),
             "VLLM_NO_USAGE_STATS": "1",
             "HF_HUB_OFFLINE": "1",
             "PYTHONUNBUFFERED": "1",
         }
-
-    def _sample(self, prompt: Sequence[int], sampling: SamplingParams, seed: int) -> list[Sample]:
-        body = {
-            "token_ids": list(prompt),
-            "sampling_params": {
-                "n": sampling.n,
-                "max_tokens": sampling.max_new_tokens,
-                "temperature": sampling.temperature,
-                "top_p": sampling.top_p,
-                "seed": seed % 2**62,
-                "stop_token_ids": list(sampling.stop_tokens),
-                "ignore_eos": True,
-                "logprobs": 0,
-                "detokenize": False,
-            },
-        }
-        answer = self._post("/inference/v1/generate", body, self.request_deadline_s)
-        return [_read(choice, sampling) for choice in answer["choices"]]
-
-    def _answers(self) -> bool:
-        try:
-            self._request("GET", "/health", None, timeout_s=5.0)
-        except EngineError:
-            return False
-        return True
-
-    def _post(self, path: str, body: dict[str, Any], timeout_s: float) -> Any:
-        return json.loads(self._request("POST", path, json.dumps(body).encode(), timeout_s) or "null")
-
-    def _request(self, method: str, path: str, body: bytes | None, timeout_s: float) -> bytes:
-        """One exchange on this thread's connection. Raises EngineError that says what was asked."""
-        connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=timeout_s)
-        headers = {"Authorization": f"Bearer {self._key}", "Content-Type": "application/json"}
-        try:
-            connection.request(method, path, body, headers)
-            response = connection.getresponse()
-            content = response.read()
-        except TimeoutError:
-            raise self._error(f"gave no answer to {path} within {timeout_s:.0f} s") from None
-        except (OSError, http.client.HTTPException) as error:
-            raise self._error(f"{path} failed: {error or type(error).__name__}") from None
-        finally:
-            connection.close()
-        if response.status != http.HTTPStatus.OK:
-            said = content.decode(errors="replace")[:500]
-            raise self._error(f"answered {response.status} to {path}: {said}")
-        return content
-
-    def _error(self, what: str) -> EngineError:
-        return EngineError(f"engine {self.name} {what}\nlast lines of {self.log}:\n{self.log_tail()}")
 
 
 def _read(choice: dict[str, Any], sampling: SamplingParams) -> Sample:
