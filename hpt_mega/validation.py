@@ -83,13 +83,14 @@ def _numbers(cfg: Config) -> Problems:
         "data.max_prompt_tokens data.max_demonstration_tokens reward.workers reward.deadline_s "
         "rollout.max_new_tokens rollout.max_sequences rollout.top_p rollout.server.count rollout.server.tp "
         "rollout.server.kv_cache_gib rollout.server.gpu_memory_share rollout.server.bucket_mib "
-        "rollout.server.probe_bound rollout.server.start_deadline_s rollout.server.request_deadline_s "
+        "rollout.server.start_deadline_s rollout.server.request_deadline_s "
         "optimizer.lr critic.lr critic.clip trainer.steps trainer.updates_per_step "
         "trainer.questions_per_step trainer.tokens_per_microbatch trainer.keep_checkpoints "
         "trainer.deadline_s"
     )
     at_least_zero = (
-        "rollout.rollouts_per_question rollout.temperature optimizer.warmup_steps optimizer.weight_decay "
+        "rollout.rollouts_per_question rollout.temperature rollout.server.probe_bound "
+        "optimizer.warmup_steps optimizer.weight_decay "
         "optimizer.clip_grad optimizer.beta1 optimizer.beta2 optimizer.min_lr_ratio trainer.eval_every "
         "trainer.save_every"
     )

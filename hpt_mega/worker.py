@@ -45,6 +45,7 @@ from hpt_mega.trainer import Trainer  # noqa: E402
 from hpt_mega.trajectory import Question, Source, Trajectory  # noqa: E402
 
 PROBE_TEXTS = 2  # demonstrations that trainer and servers both score after every update
+PROBE_BOUND = {"bf16": 0.15, "fp32": 1e-3}  # mean gap of their log-probabilities
 
 
 def main(config_path: str) -> int:
@@ -136,7 +137,11 @@ def build_engine(
         build_servers(cfg, layout) if layout.is_leader else [],
         WeightSync(model, family, shape, layout, rollout.server.bucket_mib << 20),
         layout,
-        Probe(texts, lambda: learner.logprobs(texts), rollout.server.probe_bound),
+        Probe(
+            texts,
+            lambda: learner.logprobs(texts),
+            rollout.server.probe_bound or PROBE_BOUND[cfg.precision.dtype],
+        ),
         start_deadline_s=rollout.server.start_deadline_s,
     )
     engine.start(policy_version=0)

@@ -201,6 +201,11 @@ class VLLMServer:
             time.sleep(_POLL_S)
         self._client = client
 
+    @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
+
     def alive(self) -> str:
         """Empty while the server runs and answers; else what is wrong."""
         if self._process is None:
@@ -239,7 +244,7 @@ class VLLMServer:
             "middleware": "hpt_mega.rollout.vllm_plugin.RequireKey",
             "uvicorn-log-level": "warning",
         }
-        flags = ["--enable-scale-out", "--no-enable-log-requests"]
+        flags = ["--enable-scale-out", "--skip-tokenizer-init", "--no-enable-log-requests"]
         if not torch.cuda.is_available():
             # on CPU there are no graphs, and a prompt cut in two ends a worker whose request has a seed
             flags += ["--enforce-eager", "--no-enable-chunked-prefill"]
@@ -255,6 +260,8 @@ class VLLMServer:
             "VLLM_API_KEY": key,  # not an argument: those any user of the machine can list
             "VLLM_SERVER_DEV_MODE": "1",  # the endpoints that change weights
             "VLLM_CPU_KVCACHE_SPACE": str(self.settings.kv_cache_gib),
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # its own choice leaves cores idle
+            "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // self.settings.tp)),
             "VLLM_NO_USAGE_STATS": "1",
             "HF_HUB_OFFLINE": "1",
             "PYTHONUNBUFFERED": "1",

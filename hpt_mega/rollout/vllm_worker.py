@@ -18,6 +18,7 @@ from vllm.distributed.weight_transfer.base import (
 )
 from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+from vllm.platforms import current_platform
 
 from hpt_mega.resharding.manifest import Ledger, TransferError
 from hpt_mega.resharding.planner import Bucket, Plan, Slot
@@ -54,6 +55,8 @@ class SharedMemoryTransfer(WeightTransferEngine[InitInfo, UpdateInfo]):
         self._ledger = Ledger(self._plan)
         self._loaded: set[str] = set()
         self._parts: dict[str, Tensor] = {}
+        if current_platform.is_cpu():
+            _forget_packed_experts(self.model)
         initialize_layerwise_reload(self.model)
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
@@ -68,7 +71,8 @@ class SharedMemoryTransfer(WeightTransferEngine[InitInfo, UpdateInfo]):
     def finish_weight_update(self) -> None:
         self._ledger.finish()
         finalize_layerwise_reload(self.model, self.model_config)
-        _repack(self.model)
+        if current_platform.is_cpu():
+            _pack_tied_output(self.model)
         if absent := {name for name, _ in self.model.named_parameters()} - self._loaded:
             raise TransferError(
                 f"vLLM's model has parameters that nothing was sent for: {sorted(absent)[:8]}"
@@ -106,11 +110,20 @@ def _layer(name: str) -> str:
     return name if number is None else ".".join(parts[: number + 1])
 
 
-def _repack(model: torch.nn.Module) -> None:
-    """Pack every linear layer anew that keeps its weight beside a packed copy.
+def _forget_packed_experts(model: torch.nn.Module) -> None:
+    """Have vLLM pack the experts of a mixture again: it does so where they have no kernel yet, and otherwise
+    takes the new weights, unpacked, for packed ones."""
+    for module in model.modules():
+        method: Any = getattr(module, "quant_method", None)
+        if getattr(method, "moe_kernel", None) is not None:
+            method.moe_kernel = None
 
-    On CPU that is the output layer of a tied model: it shares the embedding's tensor, which was loaded,
-    and finalize_layerwise_reload leaves its packed copy: vLLM would sample from a mixture of old and new.
+
+def _pack_tied_output(model: torch.nn.Module) -> None:
+    """Pack the linear layers again that keep their weight beside the packed copy.
+
+    That is the output layer of a tied model. It shares the embedding's tensor, which was loaded, and
+    finalize_layerwise_reload leaves its packed copy: vLLM would sample from a mixture of old and new.
     """
     module: Any
     for module in model.modules():
