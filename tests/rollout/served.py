@@ -24,6 +24,8 @@ from hpt_mega.rollout.vllm import ServerSettings, VLLMClient, VLLMServer
 from tests.megatron.tiny import build_policy, config
 
 VOCABULARY = 149  # odd: padded by tensor-parallel ranks, otherwise than by the engine
+Parallel = dict[str, int]
+
 PROMPTS = ((3, 141, 59, 26, 53), (2, 71, 82, 81, 8, 28, 45, 90, 45), (14,))
 RESPONSES = ((58, 97, 93, 23), (84, 6, 2, 64, 33, 83), (27, 95, 2, 88, 41, 97, 16))
 SCALE = 1.07  # from the weights the server was started with to those it must serve
@@ -98,8 +100,8 @@ def server(folder: Path, log: Path, *, tp: int = 1, **environment: str) -> VLLMS
     return VLLMServer(log.stem, replace(settings), log, 120.0, environment)
 
 
-def bring(client: VLLMClient, folder: Path, parallel: dict[str, int], bucket_bytes: int, version: int) -> int:
-    """One rank of a trainer that holds `folder`'s weights and sends them to the server; returns the buckets."""
+def bring(client: VLLMClient, folder: Path, parallel: Parallel, bucket_bytes: int, version: int) -> int:
+    """One rank of a trainer with `folder`'s weights sends them to the server; returns how many buckets."""
     from hpt_mega.rollout.sync import WeightSync
     from tests.megatron.tiny import leave_job
 

@@ -38,6 +38,11 @@ def processes_of(server: VLLMServer) -> list[psutil.Process]:
     return [parent, *parent.children(recursive=True)]
 
 
+def generate_for_ever(server: VLLMServer) -> None:
+    while True:
+        server.client.generate(served.PROMPTS * 4, SamplingParams(n=8, max_new_tokens=50))
+
+
 def assert_all_end(processes: list[psutil.Process]) -> None:
     _, alive = psutil.wait_procs(processes, timeout=20)
     assert not alive, [process.cmdline() for process in alive]
@@ -148,10 +153,8 @@ def test_stale_weights_of_a_tied_model_are_seen_by_the_probe_and_a_killed_server
         assert served.largest_gap(server.client, served.reference_logp(after)) > 0.1
         killed = threading.Timer(1.0, os.kill, (server.pid, signal.SIGKILL))
         killed.start()
-        long = SamplingParams(n=8, max_new_tokens=50)
         with pytest.raises(EngineError, match=r"engine stale .*(failed|answered)[\s\S]*last lines of"):
-            while True:
-                server.client.generate(served.PROMPTS * 4, long)
+            generate_for_ever(server)
         assert server.alive() in ("ended with exit code -9", "does not answer")
         assert_all_end(processes)  # the kernel ends vLLM's own processes with their parent
     finally:
