@@ -3,8 +3,8 @@
     python bench/engine_matrix.py --out bench/results/engine_matrix.md
 
 Trainers TP1/2/3 and PP1/2, engines TP1/2, tied and untied, four families. A server starts on one set of
-weights and is brought to another; it is compared with transformers on those, and its greedy text with a server
-started on our export of them. Small random models in fp32; about 40 minutes.
+weights and is brought to another; it is compared with transformers on those, and its greedy text with that of
+a server started on them. Small random models in fp32; about 40 minutes.
 """
 
 from __future__ import annotations
@@ -64,8 +64,8 @@ def main() -> None:
     lines = [
         "# Live updates, trainer layout by engine layout",
         "",
-        "Largest difference of log-probabilities to transformers (fp32), and greedy text against a server started",
-        "on the same weights.",
+        "Largest difference of log-probabilities to transformers (fp32), and greedy text against a server",
+        "started on the same weights.",
         "",
         "| family | embeddings | trainer | engine | log-probabilities | greedy text |",
         "|---|---|---|---|---|---|",

@@ -94,10 +94,9 @@ class RewardConfig:
 
 @dataclass
 class ServerConfig:
-    """The servers of engine=vllm, owned by each data-parallel replica."""
+    """The server of engine=vllm; each data-parallel replica owns one."""
 
-    count: int = 1  # a replica
-    tp: int = 1  # tensor parallelism inside a server
+    tp: int = 1  # tensor parallelism inside the server
     kv_cache_gib: int = 1  # on CPU
     gpu_memory_share: float = 0.5  # on GPU: of its memory, for weights and KV cache
     bucket_mib: int = 64  # new weights travel in buckets of this size, two at a time
@@ -115,6 +114,7 @@ class RolloutConfig:
     temperature: float = 1.0
     top_p: float = 1.0
     max_sequences: int = 128  # decoded together
+    staleness: int = 0  # optimizer steps that samples may lag behind; above 0 servers work during training
     server: ServerConfig = field(default_factory=ServerConfig)
 
 

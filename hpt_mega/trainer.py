@@ -5,8 +5,9 @@ What each stage does lives in its own package; how the parts are made and torn d
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from hpt_mega.checkpoint.store import CheckpointStore
@@ -17,7 +18,7 @@ from hpt_mega.megatron.learner import Learner
 from hpt_mega.megatron.runtime import Layout
 from hpt_mega.megatron.step import Metrics
 from hpt_mega.rewards.pool import RewardPool
-from hpt_mega.rollout.engine import RolloutEngine, Sample, SamplingParams
+from hpt_mega.rollout.engine import Collect, EngineError, RolloutEngine, Sample, SamplingParams
 from hpt_mega.scheduler.blend import Schedule, schedule
 from hpt_mega.scheduler.gate import Gate
 from hpt_mega.telemetry.metrics import PhaseTimer
@@ -42,6 +43,7 @@ class Trainer:
     log: RunLog
     timer: PhaseTimer
     step: int = 0  # optimizer steps done; also the policy's version
+    asked: deque[tuple[Sequence[Question], Collect]] = field(default_factory=deque)  # from this step on
 
     def run(self) -> None:
         """Train from `self.step` to the configured number of steps, evaluating and saving on the way."""
@@ -57,8 +59,7 @@ class Trainer:
 
     def train_step(self) -> dict[str, Any]:
         """One step of HPT (arXiv 2509.04419, algorithm 1); returns its metrics."""
-        questions = self.loader.next_batch(self.step)
-        rollouts = self.generate(questions)
+        questions, rollouts = self.rollouts()
         rewarded = self.reward(questions, rollouts)
         plan = schedule(
             rewarded,
@@ -74,22 +75,38 @@ class Trainer:
             metrics |= self.engine.update_weights(policy_version=self.step)
         return {"step": self.step, **self._describe(rewarded, plan), **metrics}
 
-    def generate(self, questions: Sequence[Question]) -> list[list[Sample]]:
-        """n samples of the current policy for each question; seeds follow from the step alone."""
-        rollout = self.cfg.rollout
+    def rollouts(self) -> tuple[Sequence[Question], list[list[Sample]]]:
+        """This step's questions with n samples each, asked for up to `rollout.staleness` steps ago.
+
+        On resume what was in flight is asked for again: questions and seeds follow from the step alone.
+        """
+        while len(self.asked) <= min(self.cfg.rollout.staleness, self.cfg.trainer.steps - 1 - self.step):
+            self.asked.append(self.ask(self.step + len(self.asked)))
+        questions, collect = self.asked.popleft()
+        with self.timer.phase("rollout"):
+            rollouts = collect()
+        oldest = min((s.policy_version for samples in rollouts for s in samples), default=self.step)
+        if self.step - oldest > self.cfg.rollout.staleness:
+            raise EngineError(
+                f"step {self.step} was given a sample of policy version {oldest}, rollout.staleness is "
+                f"{self.cfg.rollout.staleness}"
+            )
+        return questions, rollouts
+
+    def ask(self, step: int) -> tuple[Sequence[Question], Collect]:
+        """The questions of a step, with a call that waits for their samples."""
+        questions, rollout = self.loader.next_batch(step), self.cfg.rollout
         if rollout.rollouts_per_question == 0:
-            return [[] for _ in questions]
-        seed = hash((self.cfg.seed, self.step, self.layout.dp_rank)) % 2**63
+            return questions, lambda: [[] for _ in questions]
         sampling = SamplingParams(
             n=rollout.rollouts_per_question,
             max_new_tokens=rollout.max_new_tokens,
             temperature=rollout.temperature,
             top_p=rollout.top_p,
             stop_tokens=(self.tokenizer.eos_token_id,),
-            seed=seed,
+            seed=hash((self.cfg.seed, step, self.layout.dp_rank)) % 2**63,
         )
-        with self.timer.phase("rollout"):
-            return self.engine.generate([question.prompt_tokens for question in questions], sampling)
+        return questions, self.engine.submit([question.prompt_tokens for question in questions], sampling)
 
     def reward(
         self, questions: Sequence[Question], rollouts: Sequence[Sequence[Sample]]

@@ -81,7 +81,7 @@ def _numbers(cfg: Config) -> Problems:
     above_zero = (
         "parallel.tp parallel.pp parallel.dp data.train_questions data.heldout_questions "
         "data.max_prompt_tokens data.max_demonstration_tokens reward.workers reward.deadline_s "
-        "rollout.max_new_tokens rollout.max_sequences rollout.top_p rollout.server.count rollout.server.tp "
+        "rollout.max_new_tokens rollout.max_sequences rollout.top_p rollout.server.tp "
         "rollout.server.kv_cache_gib rollout.server.gpu_memory_share rollout.server.bucket_mib "
         "rollout.server.start_deadline_s rollout.server.request_deadline_s "
         "optimizer.lr critic.lr critic.clip trainer.steps trainer.updates_per_step "
@@ -89,7 +89,7 @@ def _numbers(cfg: Config) -> Problems:
         "trainer.deadline_s"
     )
     at_least_zero = (
-        "rollout.rollouts_per_question rollout.temperature rollout.server.probe_bound "
+        "rollout.rollouts_per_question rollout.temperature rollout.server.probe_bound rollout.staleness "
         "optimizer.warmup_steps optimizer.weight_decay "
         "optimizer.clip_grad optimizer.beta1 optimizer.beta2 optimizer.min_lr_ratio trainer.eval_every "
         "trainer.save_every"
@@ -240,6 +240,11 @@ def _servers(cfg: Config, shape: Mapping[str, Any]) -> Problems:
     """What the servers of rollouts need, where there are any."""
     rollout = cfg.rollout
     if rollout.engine == "megatron":
+        if rollout.staleness:
+            yield (
+                f"rollout.staleness is {rollout.staleness} and rollout.engine megatron, whose processes are "
+                "busy with training; set rollout=vllm, or staleness 0"
+            )
         return
     if importlib.util.find_spec("vllm") is None:
         yield (

@@ -124,7 +124,7 @@ def build_engine(
     shape: ModelShape,
     questions: Sequence[Question],
 ) -> RolloutEngine:
-    """The engine that rollout.engine names. Servers are started, and serve the policy, when this returns."""
+    """The engine that rollout.engine names. A server is started, and serves the policy, when this returns."""
     rollout = cfg.rollout
     model = learner.policy.module
     if rollout.engine == "megatron":
@@ -134,7 +134,7 @@ def build_engine(
         for index, q in enumerate(questions[:PROBE_TEXTS])
     ]
     engine = ServedEngine(
-        build_servers(cfg, layout) if layout.is_leader else [],
+        build_server(cfg, layout) if layout.is_leader else None,
         WeightSync(model, family, shape, layout, rollout.server.bucket_mib << 20),
         layout,
         Probe(
@@ -148,8 +148,8 @@ def build_engine(
     return engine
 
 
-def build_servers(cfg: Config, layout: Layout) -> list[VLLMServer]:
-    """A replica's servers, not started."""
+def build_server(cfg: Config, layout: Layout) -> VLLMServer:
+    """A replica's server, not started."""
     rollout = cfg.rollout
     settings = ServerSettings(
         model=Path(cfg.model.path),
@@ -162,12 +162,8 @@ def build_servers(cfg: Config, layout: Layout) -> list[VLLMServer]:
         gpu_memory_share=rollout.server.gpu_memory_share,
         logp_at_temperature=rollout.temperature not in (0.0, 1.0),
     )
-    names = [f"{layout.dp_rank}.{index}" for index in range(rollout.server.count)]
-    logs = Path(cfg.run_dir) / "logs"
-    return [
-        VLLMServer(name, settings, logs / f"engine{name}.log", rollout.server.request_deadline_s)
-        for name in names
-    ]
+    log = Path(cfg.run_dir) / "logs" / f"engine{layout.dp_rank}.log"
+    return VLLMServer(str(layout.dp_rank), settings, log, rollout.server.request_deadline_s)
 
 
 def build_learner(cfg: Config, layout: Layout, model: PolicyModel, shape: ModelShape) -> Learner:

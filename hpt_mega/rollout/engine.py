@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -34,13 +34,16 @@ class Sample:
     """One sampled response: its tokens (a stop token included) and their log-probabilities.
 
     logp is taken at the sampling temperature, over the full vocabulary (before top-p truncation); greedy
-    samples report temperature 1.
+    samples report temperature 1. policy_version is that of the oldest weights a token was drawn with.
     """
 
     tokens: tuple[int, ...]
     logp: tuple[float, ...]
     finished: bool  # ended by a stop token, not by the length limit
     policy_version: int
+
+
+Collect = Callable[[], list[list[Sample]]]
 
 
 class RolloutEngine(Protocol):
@@ -51,6 +54,10 @@ class RolloutEngine(Protocol):
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: SamplingParams) -> list[list[Sample]]:
         """Sample `sampling.n` responses to each prompt; result[i][j] is the j-th response to prompt i."""
+        ...
+
+    def submit(self, prompts: Sequence[Sequence[int]], sampling: SamplingParams) -> Collect:
+        """As generate, whose result the returned call waits for; meanwhile weights may be updated."""
         ...
 
     def update_weights(self, policy_version: int) -> dict[str, float]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -17,7 +18,7 @@ from torch import Tensor
 from hpt_mega.megatron.attention import DecodeState, KVCache
 from hpt_mega.megatron.model import PolicyModel
 from hpt_mega.megatron.runtime import Layout
-from hpt_mega.rollout.engine import Sample, SamplingParams
+from hpt_mega.rollout.engine import Collect, Sample, SamplingParams
 from hpt_mega.rollout.sampling import sample_tokens, uniform_draws
 
 _COMPACT_BELOW = 0.85  # share of unfinished rows below which a group's finished rows leave its batch
@@ -67,6 +68,10 @@ class MegatronEngine:
                 rows = slice(start * sampling.n, (start + len(wave)) * sampling.n)
                 results += self._generate_wave(wave, uniforms[rows], sampling)
         return results
+
+    def submit(self, prompts: Sequence[Sequence[int]], sampling: SamplingParams) -> Collect:
+        """Nothing runs beside training: the samples are drawn when they are collected."""
+        return partial(self.generate, prompts, sampling)
 
     def _generate_wave(
         self, prompts: list[list[int]], uniforms: Tensor, sampling: SamplingParams

@@ -1,4 +1,4 @@
-"""Rollouts by servers: a replica's leader asks them, its ranks learn the answers and bring the weights.
+"""Rollouts by a server: a replica's leader asks it, all its ranks learn the answers and bring the weights.
 
 A server is trusted with a policy version only after it scored known texts as the trainer does.
 """
@@ -8,17 +8,20 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import TypeVar
 
 from hpt_mega.megatron.runtime import Layout
 from hpt_mega.resharding.manifest import TransferError
-from hpt_mega.rollout.engine import EngineError, Sample, SamplingParams
+from hpt_mega.rollout.engine import Collect, EngineError, Sample, SamplingParams
 from hpt_mega.rollout.sync import WeightSync
 from hpt_mega.rollout.vllm import VLLMServer
 from hpt_mega.trajectory import Trajectory
 
 T = TypeVar("T")
+
+_BATCHES_AT_ONCE = 16
 
 
 @dataclass(frozen=True)
@@ -31,25 +34,26 @@ class Probe:
 
 
 class ServedEngine:
-    """A rollout engine made of servers; every rank of a replica calls the same methods together.
+    """A rollout engine that is a server; every rank of a replica calls the same methods together.
 
-    `servers` are given on the replica's leader only.
+    `server` is given on the replica's leader only.
     """
 
     def __init__(
         self,
-        servers: Sequence[VLLMServer],
+        server: VLLMServer | None,
         sync: WeightSync,
         layout: Layout,
         probe: Probe,
         *,
         start_deadline_s: float,
     ) -> None:
-        self._servers = list(servers)
+        self._server = server
         self._sync = sync
         self._layout = layout
         self._probe = probe
         self._start_deadline_s = start_deadline_s
+        self._threads = ThreadPoolExecutor(_BATCHES_AT_ONCE, thread_name_prefix="rollouts")
         self._version = -1
         self._expected: list[float] = []  # the trainer's log-probabilities of the probe's responses
 
@@ -58,22 +62,30 @@ class ServedEngine:
         return self._version
 
     def start(self, policy_version: int) -> None:
-        """Start the servers and give them the trainer's weights."""
-        self._together(self._start_servers)
+        """Start the server and give it the trainer's weights."""
+        self._together(self._start)
         self.update_weights(policy_version)
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: SamplingParams) -> list[list[Sample]]:
-        """As RolloutEngine.generate. A dead server is started anew, once; then EngineError, on all ranks."""
-        for last in (False, True):
+        return self.submit(prompts, sampling)()
+
+    def submit(self, prompts: Sequence[Sequence[int]], sampling: SamplingParams) -> Collect:
+        """As RolloutEngine.submit. Where the server dies it is started anew and asked again, once; then EngineError."""
+
+        def ask() -> Future[list[list[Sample]]]:
+            return self._threads.submit(self._own().client.generate, prompts, sampling)
+
+        asked = ask() if self._layout.is_leader else None
+
+        def collect() -> list[list[Sample]]:
             try:
-                samples = self._together(lambda: self._ask(prompts, sampling))
-                return [[replace(s, policy_version=self._version) for s in group] for group in samples]
+                return self._together(lambda: _result(asked))
             except EngineError:
-                if last:
-                    raise
                 self._together(self._revive)
                 self._bring(self._version)
-        raise AssertionError("unreachable")
+                return self._together(lambda: _result(ask()))
+
+        return collect
 
     def update_weights(self, policy_version: int) -> dict[str, float]:
         """Send the trainer's weights and check that they are served; the whole job calls it together."""
@@ -81,14 +93,14 @@ class ServedEngine:
         return self._bring(policy_version)
 
     def _bring(self, policy_version: int) -> dict[str, float]:
-        """The servers to the trainer's weights; once more, with servers started anew, where that fails.
+        """The server to the trainer's weights; once more, started anew where it is dead, where that fails.
 
-        Only the ranks of this replica take part: another replica's servers may be well.
+        Only the ranks of this replica take part: the other replicas' servers may be well.
         """
         for last in (False, True):
             try:
                 began = time.perf_counter()
-                self._sync.send([s.client for s in self._servers], policy_version)
+                self._sync.send([self._server.client] if self._server else [], policy_version)
                 sent = time.perf_counter()
                 gap = self._verify(policy_version)
             except (EngineError, TransferError):
@@ -106,46 +118,46 @@ class ServedEngine:
         raise AssertionError("unreachable")
 
     def health(self) -> str:
-        return "; ".join(f"{s.name}: {what}" for s in self._servers if (what := s.alive()))
+        return self._server.alive() if self._server else ""
 
     def close(self) -> None:
-        for server in self._servers:
-            server.close()
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        if self._server:
+            self._server.close()
         self._sync.close()
 
-    def _ask(self, prompts: Sequence[Sequence[int]], sampling: SamplingParams) -> list[list[Sample]]:
-        return self._servers[0].client.generate(prompts, sampling)
-
-    def _start_servers(self) -> None:
-        for server in self._servers:
-            server.start(self._start_deadline_s)
-            server.client.connect(self._sync.path, self._sync.plan)
+    def _start(self) -> None:
+        self._own().start(self._start_deadline_s)
+        self._own().client.connect(self._sync.path, self._sync.plan)
 
     def _revive(self) -> None:
-        """Start the servers anew that do not answer."""
-        for server in self._servers:
-            if server.alive():
-                server.start(self._start_deadline_s)
-                server.client.connect(self._sync.path, self._sync.plan)
+        """Start the server anew where it does not answer."""
+        if self._own().alive():
+            self._start()
 
     def _verify(self, policy_version: int) -> float:
-        """The servers' largest mean gap to the trainer. Raises EngineError beyond the bound."""
-        found = self._together(lambda: [self._gap(server) for server in self._servers])
-        if not max(found) <= self._probe.bound:
+        """The server's mean gap to the trainer's log-probabilities. Raises EngineError beyond the bound."""
+        gap = self._together(self._gap)
+        if not gap <= self._probe.bound:
             raise EngineError(
-                f"after the update to policy version {policy_version} the servers' log-probabilities are "
-                f"{', '.join(f'{gap:.1e}' for gap in found)} off the trainer's on average, expected at most "
-                f"rollout.server.probe_bound = {self._probe.bound:.1e}"
+                f"after the update to policy version {policy_version} the server's log-probabilities are "
+                f"{gap:.1e} off the trainer's on average, expected at most rollout.server.probe_bound = "
+                f"{self._probe.bound:.1e}"
             )
-        return max(found)
+        return gap
 
-    def _gap(self, server: VLLMServer) -> float:
+    def _gap(self) -> float:
+        client = self._own().client
         found = [
             logp
             for text in self._probe.texts
-            for logp in server.client.logp(text.prompt_tokens, text.response_tokens)
+            for logp in client.logp(text.prompt_tokens, text.response_tokens)
         ]
         return statistics.fmean(abs(a - b) for a, b in zip(found, self._expected, strict=True))
+
+    def _own(self) -> VLLMServer:
+        assert self._server is not None  # asked for on the leader only
+        return self._server
 
     def _together(self, work: Callable[[], T]) -> T:
         """The leader's result on every rank of the replica, or EngineError on every rank."""
@@ -159,3 +171,8 @@ class ServedEngine:
         if error_text:
             raise EngineError(error_text)
         return result  # type: ignore[return-value]
+
+
+def _result(asked: Future[T] | None) -> T:
+    assert asked is not None  # the leader's own
+    return asked.result()

@@ -95,7 +95,8 @@ class VLLMClient:
     def finish_update(self, policy_version: int) -> None:
         """Serve the new weights; what was computed with the old ones is forgotten."""
         self._post("/finish_weight_update", {"weight_version": str(policy_version)}, self.request_deadline_s)
-        self._post("/reset_prefix_cache", {}, _LONGEST_ANSWER_S)
+        # requests held still go on from their tokens, computed anew under the new weights
+        self._post("/reset_prefix_cache?reset_running_requests=true", {}, _LONGEST_ANSWER_S)
         self._post("/resume", {}, _LONGEST_ANSWER_S)
 
     def answers(self) -> bool:
@@ -125,7 +126,7 @@ class VLLMClient:
             },
         }
         answer = self._post("/inference/v1/generate", body, self.request_deadline_s)
-        return [_read(choice, sampling) for choice in answer["choices"]]
+        return [_read(choice) for choice in answer["choices"]]
 
     def _post(self, path: str, body: dict[str, Any], timeout_s: float) -> Any:
         return json.loads(self._request("POST", path, json.dumps(body).encode(), timeout_s) or "null")
@@ -268,9 +269,10 @@ class VLLMServer:
         }
 
 
-def _read(choice: dict[str, Any], sampling: SamplingParams) -> Sample:
+def _read(choice: dict[str, Any]) -> Sample:
     logp = tuple(position["logprob"] for position in choice["logprobs"]["content"])
-    return Sample(tuple(choice["token_ids"]), logp, choice["finish_reason"] == "stop", -1)
+    versions = [int(span["version"]) for span in choice["weight_versions"]]
+    return Sample(tuple(choice["token_ids"]), logp, choice["finish_reason"] == "stop", min(versions))
 
 
 def _free_port() -> int:

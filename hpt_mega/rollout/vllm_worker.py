@@ -18,6 +18,7 @@ from vllm.distributed.weight_transfer.base import (
 )
 from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 from vllm.platforms import current_platform
 
 from hpt_mega.resharding.manifest import Ledger, TransferError
@@ -49,7 +50,6 @@ class SharedMemoryTransfer(WeightTransferEngine[InitInfo, UpdateInfo]):
         if self._plan.digest != init_info.digest:
             raise TransferError(f"the plan's digest is {self._plan.digest}, announced {init_info.digest}")
         self._shared = SharedBuckets(init_info.path, self._plan.bucket_bytes)
-        self._last_bucket = {_layer(s.name): i for i, b in enumerate(self._plan.buckets) for s in b.slots}
 
     def start_weight_update(self) -> None:
         self._ledger = Ledger(self._plan)
@@ -65,8 +65,9 @@ class SharedMemoryTransfer(WeightTransferEngine[InitInfo, UpdateInfo]):
     def receive_weights(self, update_info: UpdateInfo) -> None:
         buffer = self._shared.buffer(update_info.index)
         bucket = self._ledger.receive(update_info.index, buffer, update_info.checksums)
-        tensors = self._tensors(update_info.index, bucket, buffer)
+        tensors = self._tensors(bucket, buffer)
         self._loaded |= cast(Any, self.model).load_weights(tensors)
+        _keep_pending(self.model, buffer)
 
     def finish_weight_update(self) -> None:
         self._ledger.finish()
@@ -81,17 +82,12 @@ class SharedMemoryTransfer(WeightTransferEngine[InitInfo, UpdateInfo]):
     def shutdown(self) -> None:
         self._shared.close()
 
-    def _tensors(self, index: int, bucket: Bucket, buffer: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """The whole tensors that bucket `index` completes, as load_weights takes them.
-
-        vLLM keeps a layer's tensors until it has them all: those whose layer goes on in a later bucket
-        are copied, for their memory is filled anew meanwhile.
-        """
+    def _tensors(self, bucket: Bucket, buffer: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """The whole tensors that the bucket completes, as load_weights takes them."""
         for slot in bucket.slots:
             tensor = self._assembled(slot, buffer)
             if tensor is not None:
-                borrowed = slot.is_whole and self._last_bucket[_layer(slot.name)] > index
-                yield slot.name, tensor.clone() if borrowed else tensor
+                yield slot.name, tensor
 
     def _assembled(self, slot: Slot, buffer: Tensor) -> Tensor | None:
         part = slot.view(buffer)
@@ -103,11 +99,14 @@ class SharedMemoryTransfer(WeightTransferEngine[InitInfo, UpdateInfo]):
         return self._parts.pop(slot.name) if is_last else None
 
 
-def _layer(name: str) -> str:
-    """What vLLM processes as one: a decoder layer's tensors together, any other tensor by itself."""
-    parts = name.split(".")
-    number = next((i for i, part in enumerate(parts) if part.isdigit()), None)
-    return name if number is None else ".".join(parts[: number + 1])
+def _keep_pending(model: torch.nn.Module, buffer: Tensor) -> None:
+    """Copy what vLLM holds back of the buffer until a layer is whole: that memory is filled anew meanwhile."""
+    borrowed = buffer.untyped_storage().data_ptr()
+    for module in model.modules():
+        for _, given in get_layerwise_info(module).loaded_weights:
+            for name, value in given.arguments.items():
+                if isinstance(value, Tensor) and value.untyped_storage().data_ptr() == borrowed:
+                    given.arguments[name] = value.clone()
 
 
 def _forget_packed_experts(model: torch.nn.Module) -> None:

@@ -23,7 +23,8 @@ pytest.importorskip("vllm", reason="vLLM is not installed: make .venv/.vllm")
 
 START_S = 200.0
 LOGP_BOUND = 2e-5  # fp32; log-probabilities of about -10
-BUCKET = 40_000  # smaller than the embedding, which is cut by rows
+BUCKET = 300_000  # a layer lies in several, its tensors are whole
+SMALL_BUCKET = 40_000  # smaller than the tensors, which are cut by rows
 GREEDY = SamplingParams(n=1, max_new_tokens=12, temperature=0.0)
 
 
@@ -58,14 +59,13 @@ def tied(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[VLLMServer,
     server.close()
 
 
-@pytest.mark.parametrize("parallel", [{"tp": 1, "pp": 1}, {"tp": 2, "pp": 1}, {"tp": 1, "pp": 2}], ids=str)
+@pytest.mark.parametrize(("tp", "pp", "bucket"), [(2, 1, BUCKET), (1, 2, SMALL_BUCKET)])
 def test_a_tied_model_serves_the_weights_of_any_trainer_layout(
-    tied: tuple[VLLMServer, Path], parallel: dict[str, int], tmp_path: Path
+    tied: tuple[VLLMServer, Path], tp: int, pp: int, bucket: int, tmp_path: Path
 ) -> None:
     server, after = tied
-    world = parallel["tp"] * parallel["pp"]
-    buckets = run_ranks(served.bring, world, tmp_path, server.client, after, parallel, BUCKET, 1)
-    assert min(buckets) > 10
+    buckets = run_ranks(served.bring, 2, tmp_path, server.client, after, {"tp": tp, "pp": pp}, bucket, 1)
+    assert min(buckets) >= 10
     assert served.largest_gap(server.client, served.reference_logp(after)) <= LOGP_BOUND
 
 
