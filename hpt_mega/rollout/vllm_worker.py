@@ -100,7 +100,7 @@ class SharedMemoryTransfer(WeightTransferEngine[InitInfo, UpdateInfo]):
 
 
 def _keep_pending(model: torch.nn.Module, buffer: Tensor) -> None:
-    """Copy what vLLM holds back of the buffer until a layer is whole: that memory is filled anew meanwhile."""
+    """Copy what vLLM holds back of the buffer until a layer is whole: its memory is filled anew meanwhile."""
     borrowed = buffer.untyped_storage().data_ptr()
     for module in model.modules():
         for _, given in get_layerwise_info(module).loaded_weights:
