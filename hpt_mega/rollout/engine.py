@@ -53,10 +53,18 @@ class RolloutEngine(Protocol):
         """Sample `sampling.n` responses to each prompt; result[i][j] is the j-th response to prompt i."""
         ...
 
-    def update_weights(self, policy_version: int) -> None:
-        """Serve the trainer's current weights as `policy_version`."""
+    def update_weights(self, policy_version: int) -> dict[str, float]:
+        """Serve the trainer's current weights as `policy_version`; returns what was measured on the way."""
         ...
 
     def health(self) -> str:
         """Empty when the engine can serve; otherwise what is wrong."""
         ...
+
+    def close(self) -> None:
+        """End what the engine started."""
+        ...
+
+
+class EngineError(RuntimeError):
+    """An engine that did not do what it was asked; says which, what, and the end of its log."""

@@ -46,12 +46,16 @@ class MegatronEngine:
     def policy_version(self) -> int:
         return self._version
 
-    def update_weights(self, policy_version: int) -> None:
+    def update_weights(self, policy_version: int) -> dict[str, float]:
         """Nothing moves: trainer and engine share the tensors."""
         self._version = policy_version
+        return {}
 
     def health(self) -> str:
         return ""
+
+    def close(self) -> None:
+        """Nothing was started."""
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: SamplingParams) -> list[list[Sample]]:
         uniforms = uniform_draws(len(prompts) * sampling.n, sampling.max_new_tokens, sampling.seed)
