@@ -82,6 +82,20 @@ class AnyOrder(RuleBasedStateMachine):
             self.sent[self.tasks[-1]] = self.version
             self.holds[name] = None
 
+    @rule()
+    def everything_due_goes_well(self) -> None:
+        """Else the interesting states would be rare."""
+        for _ in (Action.START, Action.UPDATE):
+            for name, action in self.fleet.due(self.now):
+                if action is Action.START:
+                    self.tasks.append(self.fleet.begin_start(name, self.now))
+                    assert self.fleet.started(self.tasks[-1], self.now)
+                else:
+                    self.tasks.append(self.fleet.begin_update(name, self.now))
+                    assert self.fleet.verified(self.tasks[-1], self.version, self.now)
+                    self.sent[self.tasks[-1]] = self.holds[name] = self.version
+                    self.deaths[name] = 0
+
     @precondition(lambda self: self.tasks)
     @rule(data=st.data())
     def a_start_or_update_succeeds(self, data: st.DataObject) -> None:
@@ -123,10 +137,11 @@ class AnyOrder(RuleBasedStateMachine):
         assert self.fleet.deal(self.now) is None
         self.fleet.resume(self.now)
 
-    @rule()
-    def a_request_comes(self) -> None:
-        self.submitted.add(len(self.submitted))
-        self.fleet.submit(len(self.submitted) - 1)
+    @rule(count=st.integers(1, 5))
+    def requests_come(self, count: int) -> None:
+        for _ in range(count):
+            self.fleet.submit(len(self.submitted))
+            self.submitted.add(len(self.submitted))
 
     @rule()
     def a_request_is_dealt(self) -> None:
@@ -190,15 +205,15 @@ class AnyOrder(RuleBasedStateMachine):
                 if action is Action.START:
                     self.fleet.started(self.fleet.begin_start(name, self.now), self.now)
                 else:
-                    ticket = self.fleet.begin_update(name, self.now)
-                    assert self.fleet.verified(ticket, self.version, self.now)
+                    begun = self.fleet.begin_update(name, self.now)
+                    assert self.fleet.verified(begun, self.version, self.now)
             while ticket := self.fleet.deal(self.now):
                 assert self.fleet.answered(ticket, self.now)
             assert self.now < 1e5
 
 
 TestAnyOrder = AnyOrder.TestCase
-TestAnyOrder.settings = settings(max_examples=150, stateful_step_count=60, deadline=None)
+TestAnyOrder.settings = settings(max_examples=150, stateful_step_count=50, deadline=None)
 
 
 def ready(limits: Limits = LIMITS, names: tuple[str, ...] = NAMES) -> FleetState:
@@ -270,6 +285,18 @@ def replace_engines_ready(fleet: FleetState) -> FleetState:
         fleet.started(fleet.begin_start(name, 8.0), 8.0)
         fleet.verified(fleet.begin_update(name, 8.0), 3, 8.0)
     return fleet
+
+
+def test_requests_taken_back_by_new_weights_go_first_and_in_their_order() -> None:
+    fleet = ready(names=("ash",))
+    for request in range(5):
+        fleet.submit(request)
+    while fleet.deal(0.0):
+        pass
+    fleet.announce(4)
+    fleet.verified(fleet.begin_update("ash", 1.0), 4, 1.0)
+    tickets = [fleet.deal(1.0) for _ in range(LIMITS.slots)]
+    assert [ticket.request for ticket in tickets if ticket] == [0, 1, 2]
 
 
 @pytest.mark.parametrize(
@@ -347,9 +374,7 @@ def test_a_request_that_fails_everywhere_is_an_error_that_tells_each_failure() -
     second = fleet.deal(0.0)
     assert second is not None
     fleet.failed(second.engine, "killed", "", 0.0)
-    with pytest.raises(
-        EngineError, match=r"'q7' failed 2 times:\n  ash: prompt too long\n  ash died: killed"
-    ):
+    with pytest.raises(EngineError, match=r"'q7' failed 2 times:\n  ash: prompt too long\n  ash died: k"):
         fleet.deal(0.0)
 
 
