@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from hpt_mega.rollout.engine import EngineError
 from hpt_mega.rollout.fleet import Action, FleetState, Limits, State, Ticket, TransitionError
@@ -84,7 +84,6 @@ class AnyOrder(RuleBasedStateMachine):
 
     @rule()
     def everything_due_goes_well(self) -> None:
-        """Else the interesting states would be rare."""
         for _ in (Action.START, Action.UPDATE):
             for name, action in self.fleet.due(self.now):
                 if action is Action.START:
@@ -137,22 +136,32 @@ class AnyOrder(RuleBasedStateMachine):
         assert self.fleet.deal(self.now) is None
         self.fleet.resume(self.now)
 
-    @rule(count=st.integers(1, 5))
-    def requests_come(self, count: int) -> None:
+    @initialize(ready=st.booleans())
+    def begin(self, ready: bool) -> None:
+        if ready:
+            self.fleet.announce(self.version)
+            self.a_busy_moment(5)
+
+    @rule(count=st.integers(1, 7))
+    def a_busy_moment(self, count: int) -> None:
+        """Without it the states that matter would be rare."""
+        self.everything_due_goes_well()
         for _ in range(count):
             self.fleet.submit(len(self.submitted))
             self.submitted.add(len(self.submitted))
+        self.requests_are_dealt(count)
 
-    @rule()
-    def a_request_is_dealt(self) -> None:
-        loads = [self.fleet.load(name) for name in NAMES if self.fleet.state(name) is State.READY]
-        ticket = self.fleet.deal(self.now)
-        if ticket is None:
-            return
-        assert self.fleet.state(ticket.engine) is State.READY
-        assert self.holds[ticket.engine] == self.version == self.fleet.version(ticket.engine)
-        assert self.fleet.load(ticket.engine) - 1 == min(loads)
-        self.asked.append(ticket)
+    @rule(count=st.integers(1, 4))
+    def requests_are_dealt(self, count: int) -> None:
+        for _ in range(count):
+            loads = [self.fleet.load(name) for name in NAMES if self.fleet.state(name) is State.READY]
+            ticket = self.fleet.deal(self.now)
+            if ticket is None:
+                return
+            assert self.fleet.state(ticket.engine) is State.READY
+            assert self.holds[ticket.engine] == self.version == self.fleet.version(ticket.engine)
+            assert self.fleet.load(ticket.engine) - 1 == min(loads)
+            self.asked.append(ticket)
 
     @precondition(lambda self: self.asked)
     @rule(data=st.data())
