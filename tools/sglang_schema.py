@@ -3,7 +3,8 @@
 The package is read as syntax trees and never imported: it needs a GPU's libraries. The tests hold every
 request against the committed result; run this on a newer wheel to see what changed:
 
-    pip download --no-deps sglang && python tools/sglang_schema.py sglang-*.whl --out tests/rollout/sglang_schema.json
+    pip download --no-deps sglang
+    python tools/sglang_schema.py sglang-*.whl --out tests/rollout/sglang_schema.json
 """
 
 from __future__ import annotations
@@ -13,19 +14,44 @@ import ast
 import json
 import re
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 ROUTES = (
-    "/health /model_info /generate /abort_request /flush_cache /pause_generation /continue_generation "
-    "/release_memory_occupation /resume_memory_occupation /begin_weight_update /end_weight_update "
-    "/update_weights_from_tensor /update_weights_from_distributed /init_weights_update_group "
-    "/destroy_weights_update_group /update_weight_version /weights_checker"
-).split()
+    "/health",
+    "/model_info",
+    "/generate",
+    "/abort_request",
+    "/flush_cache",
+    "/pause_generation",
+    "/continue_generation",
+    "/release_memory_occupation",
+    "/resume_memory_occupation",
+    "/begin_weight_update",
+    "/end_weight_update",
+    "/update_weights_from_tensor",
+    "/update_weights_from_distributed",
+    "/init_weights_update_group",
+    "/destroy_weights_update_group",
+    "/update_weight_version",
+    "/weights_checker",
+)
 FLAGS = (
-    "model_path host port api_key dtype context_length max_running_requests tp_size mem_fraction_static "
-    "random_seed skip_tokenizer_init enable_deterministic_inference enable_memory_saver log_level"
-).split()
+    "model_path",
+    "host",
+    "port",
+    "api_key",
+    "dtype",
+    "context_length",
+    "max_running_requests",
+    "tp_size",
+    "mem_fraction_static",
+    "skip_tokenizer_init",
+    "enable_deterministic_inference",
+    "enable_memory_saver",
+    "log_level",
+)
 HTTP = "sglang/srt/entrypoints/http_server.py"
 MESSAGES = "sglang/srt/managers/io_struct.py"
 ENVIRONMENT = ("SGLANG_RETURN_ORIGINAL_LOGPROB",)
@@ -106,13 +132,11 @@ class Wheel:
         for module in ("managers/tokenizer_manager.py", "utils/weight_versions.py"):
             for node in ast.walk(self.tree(f"sglang/srt/{module}")):
                 if isinstance(node, ast.Subscript) and ast.unparse(node.value) == "meta_info":
-                    keys |= {node.slice.value} if _is_text(node.slice) else set()
-                if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "meta_info":
-                    if isinstance(node.value, ast.Dict):
-                        keys |= {key.value for key in node.value.keys if key and _is_text(key)}
-                is_update = isinstance(node, ast.Call) and ast.unparse(node.func) == "meta_info.update"
-                if is_update and isinstance(node.args[0], ast.Dict):
-                    keys |= {key.value for key in node.args[0].keys if key and _is_text(key)}
+                    keys |= _texts([node.slice])
+                elif isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "meta_info":
+                    keys |= _texts(node.value.keys if isinstance(node.value, ast.Dict) else [])
+                elif isinstance(node, ast.Call) and ast.unparse(node.func) == "meta_info.update":
+                    keys |= _texts(node.args[0].keys if isinstance(node.args[0], ast.Dict) else [])
         return sorted(keys)
 
     def finish_types(self) -> list[str]:
@@ -124,16 +148,16 @@ class Wheel:
         return sorted(found)
 
 
-def _is_text(node: ast.expr) -> bool:
-    return isinstance(node, ast.Constant) and isinstance(node.value, str)
+def _texts(nodes: Iterable[ast.expr | None]) -> set[str]:
+    """The nodes that are string literals."""
+    return {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
 
 
 def _path(decorator: ast.expr) -> str:
-    is_route = isinstance(decorator, ast.Call) and ast.unparse(decorator.func).startswith("app.")
-    if not is_route or not decorator.args or not _is_text(decorator.args[0]):
+    """The literal path of `@app.<method>(path, ...)`, else empty."""
+    if not isinstance(decorator, ast.Call) or not ast.unparse(decorator.func).startswith("app."):
         return ""
-    path = ast.literal_eval(decorator.args[0])
-    return path if path.startswith("/") else ""
+    return next((path for path in _texts(decorator.args[:1]) if path.startswith("/")), "")
 
 
 def _methods(decorator: ast.expr) -> list[str]:
