@@ -8,6 +8,7 @@ started it. It runs as a plain script, so that it needs no package and starts at
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import signal
 import socket
@@ -17,6 +18,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+_PR_SET_PDEATHSIG = 1
 GRACE_S = 5.0  # between SIGTERM and SIGKILL
 
 
@@ -78,7 +80,12 @@ def _guard(command: Sequence[str]) -> int:
 
     The command gets a process group of its own, which ends with it: no child is left behind.
     """
-    server = subprocess.Popen(command, stdin=subprocess.DEVNULL, process_group=0)
+    server = subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        process_group=0,
+        preexec_fn=lambda: ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL),  # if we are killed
+    )
 
     def end() -> None:
         while os.read(0, 4096):

@@ -305,14 +305,18 @@ class SGLangEngine:
         }
         with ThreadPoolExecutor(1) as pool:
             answer = pool.submit(self._post, "/init_weights_update_group", body, settings.update_s)
-            group = wire.BroadcastGroup(
-                settings.group_host,
-                port,
-                1 + settings.tp,
-                group_name,
-                settings.group_backend,
-                settings.update_s,
-            )
+            try:
+                group = wire.BroadcastGroup(
+                    settings.group_host,
+                    port,
+                    1 + settings.tp,
+                    group_name,
+                    settings.group_backend,
+                    settings.update_s,
+                )
+            except EngineError:
+                answer.result()  # where the server refused, that is the reason
+                raise
             answer.result()
         return group
 

@@ -264,6 +264,34 @@ def test_a_request_that_the_package_would_not_understand_is_found(
     contract.violations.clear()
 
 
+@pytest.mark.parametrize(
+    ("message", "field"),
+    [
+        ("UpdateWeightsFromTensorReqInput", "load_format"),
+        ("PauseGenerationReqInput", "mode"),
+        ("CheckWeightsReqInput", "action"),
+    ],
+)
+def test_a_field_that_a_newer_version_renames_is_found(
+    engine: SGLangEngine, contract: Any, monkeypatch: pytest.MonkeyPatch, message: str, field: str
+) -> None:
+    fields = sglang_contract.SCHEMA["messages"][message]
+    monkeypatch.setitem(fields, f"new_{field}", fields[field])
+    monkeypatch.delitem(fields, field)
+    with pytest.raises(EngineError, match=f"{message} has no field {field}"):
+        engine.update(buckets(), 1)
+    contract.violations.clear()
+
+
+def test_a_group_that_the_server_refuses_is_an_error_with_its_reason(
+    engine: SGLangEngine, contract: Any
+) -> None:
+    engine._settings = replace(SETTINGS, weights="broadcast", group_backend="gloo", update_s=2.0)
+    contract.init_weights_update_group = lambda body: contract.outcome(False, "no such backend")
+    with pytest.raises(EngineError, match=r"answered 400 to /init_weights_update_group.*no such backend"):
+        engine.update(buckets(), 1)
+
+
 def test_a_wrong_key_and_a_server_that_is_not_there_are_errors_within_the_deadline(
     engine: SGLangEngine, tmp_path: Path
 ) -> None:
