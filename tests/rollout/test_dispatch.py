@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
@@ -15,12 +15,12 @@ from hpt_mega.rollout.engine import EngineError, Sample, SamplingParams
 from hpt_mega.rollout.fleet import Limits
 from hpt_mega.rollout.handle import Bucket, EngineHandle, Receipt
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(120)
 LIMITS = Limits(
-    start_s=1.5,
-    update_s=1.5,
-    request_s=1.5,
-    silence_s=1.5,
+    start_s=20.0,
+    update_s=20.0,
+    request_s=20.0,
+    silence_s=20.0,
     backoff_s=0.05,
     backoff_max_s=0.2,
     failures=3,
@@ -28,9 +28,10 @@ LIMITS = Limits(
     attempts=5,
     slots=2,
 )
+SHORT_S = 1.0  # the deadline that a hang is to meet; the others are for a busy machine
 SAMPLING = SamplingParams(n=3, max_new_tokens=5, seed=11)
 PROMPTS = [[q, q + 1] for q in range(17)]
-DIE, HANG = "die", "hang"
+DIE, HANG, FREEZE = "die", "hang", "freeze"
 
 
 @dataclass
@@ -38,11 +39,12 @@ class FakeEngine:
     """Answers with tokens that tell prompt, seed and weights; misbehaves at the n-th call of a kind."""
 
     name: str
-    trouble: dict[tuple[str, int], str] = field(default_factory=dict)  # (method, which call) -> DIE or HANG
+    trouble: dict[tuple[str, int], str] = field(default_factory=dict)  # (method, which call) -> what happens
     damage: Callable[[int], int] = lambda update: 0  # added to the weights of the n-th update
     calls: dict[str, int] = field(default_factory=dict)
     served: list[int] = field(default_factory=list)  # prompts, by their first token
     running: bool = False
+    frozen: bool = False  # all of it, as by SIGSTOP
     weights: int = -1
     lock: threading.Lock = field(default_factory=threading.Lock)
     ended: threading.Event = field(default_factory=threading.Event)
@@ -54,8 +56,9 @@ class FakeEngine:
             count = self.calls[method]
         ended = self.ended
         trouble = self.trouble.get((method, count)) or self.trouble.get((method, 0))
-        if trouble == HANG:
-            ended.wait(20.0)
+        if trouble in (HANG, FREEZE):
+            self.frozen = trouble == FREEZE
+            ended.wait(50.0)
         if trouble:
             if self.ended is ended:
                 self.running = False
@@ -63,7 +66,7 @@ class FakeEngine:
         return count
 
     def start(self, deadline_s: float) -> None:
-        self.ended = threading.Event()
+        self.ended, self.frozen = threading.Event(), False
         self.meet("start")
         self.running, self.weights = True, -1
 
@@ -93,8 +96,8 @@ class FakeEngine:
         return Receipt(policy_version, {"w": str(self.weights)})
 
     def alive(self) -> str:
-        if self.trouble.get(("alive", self.calls.get("generate", 0))) == HANG:
-            self.ended.wait(20.0)
+        if self.frozen:
+            self.ended.wait(50.0)
         return "" if self.running else "ended with exit code 9"
 
     def log_tail(self, lines: int) -> str:
@@ -159,36 +162,36 @@ def test_requests_of_an_engine_that_dies_or_hangs_are_answered_once_by_another(
     how: str, instant: int
 ) -> None:
     ash, elm = FakeEngine("ash", {("generate", instant): how}), FakeEngine("elm")
-    with fleet_of(ash, elm) as fleet:
+    with fleet_of(ash, elm, limits=replace(LIMITS, request_s=SHORT_S)) as fleet:
         fleet.update(weights(1))
         assert fleet.generate(PROMPTS, SAMPLING) == expected(1)
 
 
 def test_an_engine_whose_process_answers_nothing_any_more_is_replaced() -> None:
-    ash = FakeEngine("ash", {("alive", 3): HANG, ("generate", 4): HANG})
-    with fleet_of(ash) as fleet:
+    ash = FakeEngine("ash", {("generate", 4): FREEZE})
+    with fleet_of(ash, limits=replace(LIMITS, silence_s=SHORT_S)) as fleet:
         fleet.update(weights(1))
         assert fleet.generate(PROMPTS, SAMPLING) == expected(1)
-    assert ash.calls["start"] == 2
+    assert ash.calls["start"] >= 2
 
 
 def test_a_lone_engine_that_dies_comes_back_with_weights_before_it_serves() -> None:
     ash = FakeEngine("ash", {("generate", 4): DIE, ("generate", 11): HANG})
-    with fleet_of(ash) as fleet:
+    with fleet_of(ash, limits=replace(LIMITS, request_s=SHORT_S)) as fleet:
         fleet.update(weights(1))
         fleet.update(weights(2))
         assert fleet.generate(PROMPTS, SAMPLING) == expected(2)
-    assert ash.calls["start"] == 3 and ash.calls["update"] == 4
+    assert ash.calls["start"] >= 3 and ash.calls["update"] == ash.calls["start"] + 1
 
 
 @pytest.mark.parametrize("how", [DIE, HANG])
 @pytest.mark.parametrize("phase", ["start", "update"])
 def test_an_engine_that_breaks_once_in_start_or_update_is_started_again(phase: str, how: str) -> None:
     ash = FakeEngine("ash", {(phase, 1): how})
-    with fleet_of(ash) as fleet:
+    with fleet_of(ash, limits=replace(LIMITS, **{f"{phase}_s": SHORT_S})) as fleet:
         fleet.update(weights(1))
         assert fleet.generate(PROMPTS, SAMPLING) == expected(1)
-    assert ash.calls["start"] == 2
+    assert ash.calls["start"] >= 2
 
 
 def test_no_engine_left_is_an_error_with_the_last_lines_of_their_logs() -> None:
@@ -285,5 +288,5 @@ def test_engines_that_slept_serve_nothing_before_they_have_weights_again() -> No
 
 
 def test_a_heartbeat_slower_than_the_silence_it_breaks_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"heartbeat_s is 1.5; above 0 and below silence_s = 1.5"):
-        Fleet({"ash": FakeEngine("ash")}, LIMITS, heartbeat_s=1.5)
+    with pytest.raises(ValueError, match=r"heartbeat_s is 20.0; above 0 and below silence_s = 20"):
+        Fleet({"ash": FakeEngine("ash")}, LIMITS, heartbeat_s=20.0)

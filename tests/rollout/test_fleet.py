@@ -258,6 +258,21 @@ def test_weights_announced_during_an_update_leave_the_engine_stale() -> None:
     assert fleet.due(2.0) == [("ash", Action.UPDATE)]
 
 
+def test_news_of_a_start_or_an_update_that_was_given_up_counts_for_nothing() -> None:
+    fleet = FleetState(["ash"], LIMITS)
+    fleet.announce(3)
+    slow = fleet.begin_start("ash", 0.0)
+    fleet.failed("ash", "did not start", "", 7.0)
+    again = fleet.begin_start("ash", 8.0)
+    assert not fleet.started(slow, 8.0)
+    assert fleet.started(again, 9.0)
+    update = fleet.begin_update("ash", 9.0)
+    fleet.failed("ash", "died", "", 9.0)
+    assert not fleet.verified(update, 3, 9.5)
+    assert not fleet.rejected(update, "late", "", 9.5)
+    assert fleet.state("ash") is State.DEAD
+
+
 def test_the_answer_of_an_engine_thought_dead_is_dropped_and_that_of_its_successor_taken() -> None:
     fleet = ready()
     fleet.submit("q7")
