@@ -70,7 +70,7 @@ class ServedEngine:
         return self.submit(prompts, sampling)()
 
     def submit(self, prompts: Sequence[Sequence[int]], sampling: SamplingParams) -> Collect:
-        """As RolloutEngine.submit. A server that dies is started anew and asked again, once; then EngineError."""
+        """As RolloutEngine.submit. A dead server is started anew and asked again, once; then EngineError."""
 
         def ask() -> Future[list[list[Sample]]]:
             return self._threads.submit(self._own().client.generate, prompts, sampling)

@@ -1,0 +1,109 @@
+"""A server process that lives no longer than ours, with all its children. Run as a script it is the guard.
+
+The guard stands between us and the server: its standard input is a pipe from us, and when that ends, however
+we end, it ends the server. Unlike the kernel's parent-death signal it does not depend on the thread that
+started it. It runs as a plain script, so that it needs no package and starts at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+_PR_SET_PDEATHSIG = 1
+GRACE_S = 5.0  # between SIGTERM and SIGKILL
+
+
+class OwnedProcess:
+    """One server; its output goes to the end of `log`, which only we may read: servers print their keys."""
+
+    def __init__(self, command: Sequence[str], environment: Mapping[str, str], log: Path) -> None:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        try:
+            self._guard = subprocess.Popen(
+                [sys.executable, __file__, *command],
+                env=os.environ | dict(environment),
+                stdin=subprocess.PIPE,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        finally:
+            os.close(output)
+
+    def ended(self) -> str:
+        """Empty while the server runs; else how it ended."""
+        code = self._guard.poll()
+        if code is None:
+            return ""
+        return f"ended with exit code {code}" if code < 128 else f"was ended by signal {code - 128}"
+
+    def close(self) -> None:
+        """End the server and its children; takes up to 2 * GRACE_S."""
+        assert self._guard.stdin is not None
+        self._guard.stdin.close()
+        try:
+            self._guard.wait(2 * GRACE_S)
+        except subprocess.TimeoutExpired:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._guard.pid, signal.SIGKILL)
+            self._guard.wait()
+
+
+def free_port() -> int:
+    """A TCP port that was free a moment ago on the loopback interface."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def tail(log: Path, lines: int) -> str:
+    """The log's last lines, of its last 64 KiB."""
+    if not log.is_file():
+        return ""
+    with log.open("rb") as file:
+        file.seek(max(0, log.stat().st_size - 65536))
+        return "\n".join(file.read().decode(errors="replace").splitlines()[-lines:])
+
+
+def _guard(command: Sequence[str]) -> int:
+    """Run the command until it ends or our standard input does; its exit code, 128 + n for signal n.
+
+    The command gets a process group of its own, which ends with it: no child is left behind.
+    """
+    server = subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        process_group=0,
+        preexec_fn=lambda: ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL),  # if we are killed
+    )
+
+    def end() -> None:
+        while os.read(0, 4096):
+            pass
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(server.pid, signal.SIGTERM)
+            try:
+                server.wait(GRACE_S)
+            finally:
+                os.killpg(server.pid, signal.SIGKILL)
+
+    threading.Thread(target=end, daemon=True).start()
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    code = server.wait()
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(server.pid, signal.SIGKILL)
+    return code if code >= 0 else 128 - code
+
+
+if __name__ == "__main__":
+    sys.exit(_guard(sys.argv[1:]))

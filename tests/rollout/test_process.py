@@ -1,0 +1,103 @@
+"""Server processes end with us, however we end."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from hpt_mega.rollout.process import OwnedProcess, tail
+
+pytestmark = pytest.mark.timeout(60)
+# A server with a child of its own; both write their pids, and the server may ignore SIGTERM.
+SERVER = """
+import os, signal, subprocess, sys, time
+if sys.argv[1] == "stubborn":
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)"])
+print(os.getpid(), child.pid, flush=True)
+time.sleep(100)
+"""
+
+
+def eventually(holds: Callable[[], bool]) -> bool:
+    """Whether it comes to hold within 20 s."""
+    until = time.monotonic() + 20.0
+    while not holds() and time.monotonic() < until:
+        time.sleep(0.02)
+    return holds()
+
+
+def runs(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def pids(log: Path) -> list[int]:
+    assert eventually(lambda: log.is_file() and log.read_text().endswith("\n"))
+    return [int(word) for word in log.read_text().split()]
+
+
+@pytest.mark.parametrize("manner", ["polite", "stubborn"])
+def test_close_ends_a_server_and_its_children(manner: str, tmp_path: Path) -> None:
+    server = OwnedProcess([sys.executable, "-c", SERVER, manner], {}, tmp_path / "log")
+    found = pids(tmp_path / "log")
+    assert server.ended() == "" and all(runs(pid) for pid in found)
+    server.close()
+    assert server.ended() != ""
+    assert eventually(lambda: not any(runs(pid) for pid in found))
+
+
+def test_a_server_ends_when_we_are_killed(tmp_path: Path) -> None:
+    log = str(tmp_path / "log")
+    ours = (
+        "import sys, time, pathlib; from hpt_mega.rollout.process import OwnedProcess;"
+        f"OwnedProcess([sys.executable, '-c', {SERVER!r}, 'polite'], {{}}, pathlib.Path({log!r}));"
+        "time.sleep(100)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", ours], cwd=Path(__file__).parents[2])
+    found = pids(tmp_path / "log")
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert eventually(lambda: not any(runs(pid) for pid in found))
+
+
+def test_a_server_outlives_the_thread_that_started_it(tmp_path: Path) -> None:
+    started: list[OwnedProcess] = []
+    command = [sys.executable, "-c", SERVER, "polite"]
+    thread = threading.Thread(target=lambda: started.append(OwnedProcess(command, {}, tmp_path / "log")))
+    thread.start()
+    thread.join()
+    found = pids(tmp_path / "log")
+    time.sleep(0.3)
+    assert started[0].ended() == "" and all(runs(pid) for pid in found)
+    started[0].close()
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [("raise SystemExit(3)", "ended with exit code 3"), ("os.kill(os.getpid(), 9)", "was ended by signal 9")],
+)
+def test_how_a_server_ended_is_told(code: str, words: str, tmp_path: Path) -> None:
+    server = OwnedProcess([sys.executable, "-c", f"import os; print('x'); {code}"], {}, tmp_path / "log")
+    assert eventually(lambda: server.ended() == words)
+    server.close()
+
+
+def test_the_log_is_ours_alone_and_its_tail_is_bounded(tmp_path: Path) -> None:
+    log = tmp_path / "logs" / "log"
+    server = OwnedProcess([sys.executable, "-c", "[print(n) for n in range(99_999)]"], {}, log)
+    assert eventually(lambda: server.ended() == "ended with exit code 0")
+    assert log.stat().st_mode & 0o777 == 0o600
+    assert tail(log, 2) == "99997\n99998"
+    assert tail(tmp_path / "none", 2) == ""
+    assert os.path.getsize(log) > 65536
