@@ -27,10 +27,13 @@ def load_hf(
 ) -> None:
     """Fill this rank's parameters from a Hugging Face folder, casting to their dtype.
 
-    Raises MappingError where the folder, the table and the model do not name the same tensors, or where a
-    tensor has another shape than the model's.
+    The layers that predict further tokens (DeepSeek's) are left in the folder: the policy has none, and an
+    export does not bring them back. Raises MappingError where the folder, the table and the model do not name
+    the same tensors, or where a tensor has another shape than the model's.
     """
-    family.check_names(shape, checkpoint.names())
+    family.check_names(
+        shape, set(checkpoint.names()) - set(checkpoint.further_token_layers(shape.num_layers))
+    )
     family.check_shapes(shape, lambda name: checkpoint.spec(name).shape)
     fill(model, lambda entry: [checkpoint.tensor(name) for name in entry.hf], family, shape, layout)
 

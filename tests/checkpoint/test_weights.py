@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hpt_mega.checkpoint.hf import HFCheckpoint
@@ -35,6 +38,26 @@ def load_and_export(job: Job, names: tuple[str, ...], models: Path, out: Path) -
         computed[name] = logits(chunks, layout, shape)
         export_hf(chunks, family, shape, out / name, models / name, layout)
     return computed
+
+
+def load_with_further_token_layer(folder: Path) -> dict[str, Tensor]:
+    layout = start(Job())
+    checkpoint = HFCheckpoint(folder)
+    family = family_for(checkpoint.config)
+    shape = family.read_shape(checkpoint.config)
+    chunks = build_chunks(shape, Job())
+    load_hf(chunks[0], checkpoint, family, shape, layout)
+    return {"logits": logits(chunks, layout, shape)}
+
+
+def test_a_layer_that_predicts_further_tokens_is_left_in_the_folder(tmp_path: Path) -> None:
+    expected = save_model("deepseek_v3", tmp_path / "hf")
+    config = json.loads((tmp_path / "hf" / "config.json").read_text()) | {"num_nextn_predict_layers": 1}
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(config))
+    weights = tmp_path / "hf" / "model.safetensors"
+    save_file(load_file(weights) | {"model.layers.3.eh_proj.weight": torch.ones(48, 96)}, weights)
+    (computed,) = run_ranks(load_with_further_token_layer, 1, tmp_path, tmp_path / "hf")
+    assert (computed["logits"] - expected).abs().max().item() < 1e-4
 
 
 # its 4 layers do not divide into 3 stages
