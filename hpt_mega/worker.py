@@ -197,13 +197,11 @@ def build_learner(cfg: Config, layout: Layout, model: PolicyModel, shape: ModelS
 
 def export(cfg: Config, layout: Layout, trainer: Trainer) -> None:
     """The trained policy as a Hugging Face folder, RUN_DIR/hf."""
-    if layout.dp_rank != 0:
-        return
     source = Path(cfg.model.path)
     config = HFCheckpoint(source).config
     family = family_for(config)
     export_hf(
-        trainer.learner.policy.module,
+        [trainer.learner.policy.module],
         family,
         family.read_shape(config),
         Path(cfg.run_dir) / "hf",

@@ -144,7 +144,7 @@ def _report(convert: Callable[[Progress], Summary]) -> int:
     speed = done.nbytes / 1e9 / done.seconds
     print(
         f"{done.out}: {done.parameters} parameters{resumed}, {done.nbytes / 1e9:.3f} GB in "
-        f"{done.seconds:.1f} s ({speed:.2f} GB/s)"
+        f"{done.seconds:.2f} s ({speed:.2f} GB/s)"
     )
     return 0
 

@@ -76,7 +76,7 @@ def hf_to_megatron(
     family = family_for(source.config)
     shape = family.read_shape(source.config)
     layout.check(shape)
-    left_out = _further_token_layers(source, shape)
+    left_out = source.further_token_layers(shape.num_layers)
     family.check_names(shape, set(source.names()) - set(left_out))
     family.check_shapes(shape, lambda name: source.spec(name).shape)
     _check_second_copy(source, shape)
@@ -271,14 +271,6 @@ def _same_bits(left: Tensor, right: Tensor) -> bool:
     if left.dtype != right.dtype or left.shape != right.shape:
         return False
     return raw_bytes(left) == raw_bytes(right)
-
-
-def _further_token_layers(source: HFCheckpoint, shape: ModelShape) -> list[str]:
-    """Tensors of the layers that predict further tokens, which the trained model does not have."""
-    count = source.config.get("num_nextn_predict_layers") or 0
-    layers = range(shape.num_layers, shape.num_layers + count)
-    prefixes = tuple(f"model.layers.{layer}." for layer in layers)
-    return [name for name in source.names() if prefixes and name.startswith(prefixes)]
 
 
 def _check_second_copy(source: HFCheckpoint, shape: ModelShape) -> None:

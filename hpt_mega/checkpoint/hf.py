@@ -55,6 +55,12 @@ class HFCheckpoint:
     def names(self) -> list[str]:
         return [name for name in self._slots if not self._is_scale(name)]
 
+    def further_token_layers(self, num_layers: int) -> list[str]:
+        """Tensors of the layers after the decoder's that predict further tokens; no policy has them."""
+        count = self.config.get("num_nextn_predict_layers") or 0
+        prefixes = tuple(f"model.layers.{layer}." for layer in range(num_layers, num_layers + count))
+        return [name for name in self.names() if name.startswith(prefixes)]
+
     def spec(self, name: str) -> Spec:
         """What tensor() gives, without its data. Raises KeyError for an unknown name."""
         spec = self._slots[name][1].spec

@@ -375,30 +375,49 @@ def _read_metadata(path: Path) -> Metadata:
 
 
 class _Unknown:
-    """Stands for classes of megatron-core versions that left their plans in the file; none is needed."""
+    """Stands for classes of the plans that megatron-core leaves in the file; none is needed."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...
 
 
 class _MetadataUnpickler(pickle.Unpickler):
-    """Builds plain descriptions only: a checkpoint from elsewhere must not run code here."""
+    """Builds plain descriptions only: a checkpoint from elsewhere must not run code here.
+
+    What may be built is listed by its full name. A module's name says nothing: every class that it imports
+    can be reached through it.
+    """
 
     def find_class(self, module: str, name: str) -> Any:
-        if module.startswith("megatron."):
+        if module.split(".")[0] == "megatron" or module == "torch.distributed.checkpoint.planner":
             return _Unknown
-        found = super().find_class(module, name)
-        plain = isinstance(found, torch.dtype | torch.layout | torch.memory_format) or found is torch.Size
-        described = module.startswith("torch.distributed.checkpoint.") and isinstance(found, type)
-        if plain or described or (module, name) in _HARMLESS:
+        if module == "torch" and isinstance(found := getattr(torch, name, None), _TORCH_VALUES):
             return found
+        if (module, name) in _HARMLESS:
+            return super().find_class(module, name)
         raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no description needs")
 
 
+_TORCH_VALUES = (torch.dtype, torch.layout, torch.memory_format)
 _HARMLESS = {
+    ("torch", "Size"),
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    ("torch.serialization", "_get_layout"),
     ("collections", "OrderedDict"),
     ("collections", "defaultdict"),
     ("builtins", "dict"),
     ("builtins", "set"),
-    ("torch.serialization", "_get_layout"),
     ("pathlib", "PosixPath"),
+    *(
+        ("torch.distributed.checkpoint.metadata", name)
+        for name in (
+            "BytesStorageMetadata",
+            "ChunkStorageMetadata",
+            "Metadata",
+            "MetadataIndex",
+            "StorageMeta",
+            "TensorProperties",
+            "TensorStorageMetadata",
+            "_MEM_FORMAT_ENCODING",
+        )
+    ),
 }

@@ -1,12 +1,12 @@
 """Weights between a Hugging Face folder and a Megatron model in any layout, a tensor at a time.
 
-Every rank reads what it needs from the folder; on export the ranks of one replica pass their parts to its
-first rank, which writes.
+Every rank reads what it needs from the folder; on export the ranks that together hold the model once pass
+their parts to the first one, which writes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from hpt_mega.checkpoint.hf import HFCheckpoint, HFWriter, copy_companions, writing_folder
 from hpt_mega.checkpoint.safetensors import Spec
+from hpt_mega.megatron import experts
 from hpt_mega.megatron.model import PolicyModel
 from hpt_mega.megatron.runtime import Layout
 from hpt_mega.resharding.mapping import Entry, Family, MappingError, ModelShape
@@ -26,10 +27,13 @@ def load_hf(
 ) -> None:
     """Fill this rank's parameters from a Hugging Face folder, casting to their dtype.
 
-    Raises MappingError where the folder, the table and the model do not name the same tensors, or where a
-    tensor has another shape than the model's.
+    The layers that predict further tokens (DeepSeek's) are left in the folder: the policy has none, and an
+    export does not bring them back. Raises MappingError where the folder, the table and the model do not name
+    the same tensors, or where a tensor has another shape than the model's.
     """
-    family.check_names(shape, checkpoint.names())
+    family.check_names(
+        shape, set(checkpoint.names()) - set(checkpoint.further_token_layers(shape.num_layers))
+    )
     family.check_shapes(shape, lambda name: checkpoint.spec(name).shape)
     fill(model, lambda entry: [checkpoint.tensor(name) for name in entry.hf], family, shape, layout)
 
@@ -61,15 +65,18 @@ def fill(
 
 
 def export_hf(
-    model: PolicyModel, family: Family, shape: ModelShape, out: Path, source: Path, layout: Layout
+    chunks: Sequence[PolicyModel], family: Family, shape: ModelShape, out: Path, source: Path, layout: Layout
 ) -> None:
-    """Write the model as a Hugging Face folder; all ranks of one replica call it, its first rank writes.
+    """Write the model as a Hugging Face folder. Every rank of the job calls it, the first one writes.
 
-    `source` is the folder that config, tokenizer and chat template are taken from. `out` appears, or is
-    replaced, only when complete.
+    `chunks` are the rank's part of the model: one, or as many as its pipeline stage is interleaved. `source`
+    is the folder that config, tokenizer and chat template are taken from. `out` appears, or is replaced, only
+    when complete.
     """
-    collector = _Collector(model, family, shape, layout)
-    if not layout.is_leader:
+    collector = _Collector(chunks, family, shape, layout)
+    if not collector.takes_part:
+        return
+    if layout.rank != 0:
         for entry in family.entries(shape):
             collector.whole_tensors(entry)
         return
@@ -99,20 +106,30 @@ def own_entries(model: PolicyModel, family: Family, shape: ModelShape) -> list[t
 
 
 class _Collector:
-    """Brings whole tensors to the first rank of a replica; its ranks ask for equal entries in one order.
+    """Brings whole tensors to the job's first rank; those that take part ask for equal entries in one order.
 
-    Raises MappingError where the ranks of the replica together do not hold the whole model.
+    They are the first data-parallel replica and, where experts are spread over several, the first rank to
+    hold each expert. Raises MappingError where they together do not hold the whole model.
     """
 
-    def __init__(self, model: PolicyModel, family: Family, shape: ModelShape, layout: Layout) -> None:
-        self._mine = {entry.megatron: parameter for entry, parameter in own_entries(model, family, shape)}
+    def __init__(
+        self, chunks: Sequence[PolicyModel], family: Family, shape: ModelShape, layout: Layout
+    ) -> None:
+        self._mine = {
+            entry.megatron: parameter
+            for chunk in chunks
+            for entry, parameter in own_entries(chunk, family, shape)
+        }
         self._shape = shape
         self._layout = layout
+        self._experts = experts.ranks() if shape.experts else None
+        self._holds_experts = self._experts is not None and self._experts.first_copy
+        self.takes_part = layout.dp_rank == 0 or self._holds_experts
         self._stage_of, self._blank = self._locate()
         compare(
             f"{family.name} table",
             {entry.megatron for entry in family.entries(shape)},
-            "parameters of one replica's ranks (expert parallelism spreads them over several)",
+            "parameters of the job's ranks",
             self._blank.keys(),
         )
         self.dtype = self._blank[EMBEDDING].dtype
@@ -126,20 +143,25 @@ class _Collector:
         }
 
     def whole_tensors(self, entry: Entry) -> list[Tensor]:
-        """The entry's Hugging Face tensors on the replica's first rank; elsewhere nothing."""
+        """The entry's Hugging Face tensors on the job's first rank; elsewhere nothing."""
         layout, stage = self._layout, self._stage_of[entry.megatron]
         if layout.pp_rank == stage:
-            whole = self._merge(entry)
-            if layout.tp_rank == 0 and stage != 0:
+            whole = self._merge_expert(entry) if entry.expert is not None else self._merge(entry)
+            if stage != 0:
                 for tensor in whole:
                     dist.send(tensor, layout.stage_rank(0), layout.pp_group)
-            return whole if layout.is_leader else []
-        return self._receive(entry, stage) if layout.is_leader else []
+                return []
+            return whole
+        return self._receive(entry, stage) if layout.rank == 0 else []
 
     def _locate(self) -> tuple[dict[str, int], dict[str, Tensor]]:
         """The first pipeline stage that holds each parameter of the model, and a rank's part without data."""
-        stages: list[dict[str, Tensor]] = [{} for _ in range(self._layout.pp_size)]
         mine = {name: torch.empty_like(part, device="meta") for name, part in self._mine.items()}
+        if self._experts is not None:
+            peers: list[dict[str, Tensor]] = [{} for _ in range(self._experts.group.size())]
+            dist.all_gather_object(peers, mine, group=self._experts.group)
+            mine = {name: part for peer in peers for name, part in peer.items()}
+        stages: list[dict[str, Tensor]] = [{} for _ in range(self._layout.pp_size)]
         dist.all_gather_object(stages, mine, group=self._layout.pp_group)
         stage_of: dict[str, int] = {}
         blank: dict[str, Tensor] = {}
@@ -149,22 +171,49 @@ class _Collector:
         return stage_of, blank
 
     def _merge(self, entry: Entry) -> list[Tensor]:
+        """On the stage's first rank the whole tensors, from its tensor-parallel ranks' parts."""
+        if self._layout.dp_rank != 0:
+            return []
         part = self._mine[entry.megatron].detach().contiguous()
         shards = [torch.empty_like(part) for _ in range(self._layout.tp_size)]
         dist.all_gather(shards, part, group=self._layout.tp_group)
+        if self._layout.tp_rank != 0:
+            return []
+        return [tensor.contiguous() for tensor in entry.fusion.merge(shards, self._shape)]
+
+    def _merge_expert(self, entry: Entry) -> list[Tensor]:
+        """On the stage's first rank the whole tensors, from the ranks that hold the expert."""
+        assert self._experts is not None and self._shape.experts is not None and entry.expert is not None
+        if not self._holds_experts:
+            return []
+        group = self._experts.group
+        owners = self._experts.owners(entry.expert, self._shape.experts.count)
+        mine = self._mine.get(entry.megatron)
+        if group.rank() != 0:
+            if group.rank() in owners:
+                assert mine is not None
+                dist.send(mine.detach().contiguous(), dist.get_global_rank(group, 0), group)
+            return []
+        shards = []
+        for owner in owners:
+            if owner == 0:
+                assert mine is not None
+                shards.append(mine.detach())
+                continue
+            shards.append(torch.empty_like(self._blank[entry.megatron], device=self._layout.device))
+            dist.recv(shards[-1], dist.get_global_rank(group, owner), group)
         return [tensor.contiguous() for tensor in entry.fusion.merge(shards, self._shape)]
 
     def _receive(self, entry: Entry, stage: int) -> list[Tensor]:
-        device = next(iter(self._mine.values())).device
-        whole = [torch.empty_like(tensor, device=device) for tensor in self._planned(entry)]
+        whole = [torch.empty_like(tensor, device=self._layout.device) for tensor in self._planned(entry)]
         for tensor in whole:
             dist.recv(tensor, self._layout.stage_rank(stage), self._layout.pp_group)
         return whole
 
     def _planned(self, entry: Entry) -> list[Tensor]:
-        return [
-            tensor.contiguous()
-            for tensor in entry.fusion.merge(
-                [self._blank[entry.megatron]] * self._layout.tp_size, self._shape
-            )
-        ]
+        size = self._layout.tp_size
+        if entry.expert is not None:
+            assert self._experts is not None
+            size = self._experts.tp_size
+        blank = [self._blank[entry.megatron]] * size
+        return [tensor.contiguous() for tensor in entry.fusion.merge(blank, self._shape)]

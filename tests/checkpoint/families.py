@@ -68,7 +68,9 @@ MODELS: dict[str, Callable[[], hf.PreTrainedModel]] = {
         )
     ),
     "llama_4_layers": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**SIZES | {"num_hidden_layers": 4})),
-    "qwen2": lambda: hf.Qwen2ForCausalLM(hf.Qwen2Config(**SIZES, rope_parameters={"rope_theta": 1e6})),
+    "qwen2": lambda: hf.Qwen2ForCausalLM(
+        hf.Qwen2Config(**SIZES, head_dim=HEAD_DIM, rope_parameters={"rope_theta": 1e6})
+    ),
     "qwen2_tied": lambda: hf.Qwen2ForCausalLM(hf.Qwen2Config(**SIZES | {"tie_word_embeddings": True})),
     "qwen3": lambda: hf.Qwen3ForCausalLM(hf.Qwen3Config(**SIZES, head_dim=HEAD_DIM)),
     "mistral": lambda: hf.MistralForCausalLM(hf.MistralConfig(**SIZES, head_dim=HEAD_DIM, sliding_window=5)),

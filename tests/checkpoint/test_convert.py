@@ -131,8 +131,8 @@ def test_a_wrong_shape_is_an_error_that_says_both(damage: Damage) -> None:
     tensors["model.layers.2.self_attn.o_proj.weight"] = torch.zeros(48, 50)
     damage.rewrite(tensors)
     damage.must_fail(
-        r"(?s)0.self_attn.k_proj.weight is \[20, 48\], expected \[24, 48\].*"
-        r"2.self_attn.o_proj.weight is \[48, 50\], expected \[48, 48\]"
+        r"(?s)0.self_attn.k_proj.weight is \[20, 48\], expected \[40, 48\].*"
+        r"2.self_attn.o_proj.weight is \[48, 50\], expected \[48, 80\]"
     )
 
 

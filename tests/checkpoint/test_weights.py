@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hpt_mega.checkpoint.hf import HFCheckpoint
@@ -33,9 +36,28 @@ def load_and_export(job: Job, names: tuple[str, ...], models: Path, out: Path) -
         for chunk in chunks:
             load_hf(chunk, checkpoint, family, shape, layout)
         computed[name] = logits(chunks, layout, shape)
-        if job.vpp is None and job.ep == 1 and layout.dp_rank == 0:
-            export_hf(chunks[0], family, shape, out / name, models / name, layout)
+        export_hf(chunks, family, shape, out / name, models / name, layout)
     return computed
+
+
+def load_with_further_token_layer(folder: Path) -> dict[str, Tensor]:
+    layout = start(Job())
+    checkpoint = HFCheckpoint(folder)
+    family = family_for(checkpoint.config)
+    shape = family.read_shape(checkpoint.config)
+    chunks = build_chunks(shape, Job())
+    load_hf(chunks[0], checkpoint, family, shape, layout)
+    return {"logits": logits(chunks, layout, shape)}
+
+
+def test_a_layer_that_predicts_further_tokens_is_left_in_the_folder(tmp_path: Path) -> None:
+    expected = save_model("deepseek_v3", tmp_path / "hf")
+    config = json.loads((tmp_path / "hf" / "config.json").read_text()) | {"num_nextn_predict_layers": 1}
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(config))
+    weights = tmp_path / "hf" / "model.safetensors"
+    save_file(load_file(weights) | {"model.layers.3.eh_proj.weight": torch.ones(48, 96)}, weights)
+    (computed,) = run_ranks(load_with_further_token_layer, 1, tmp_path, tmp_path / "hf")
+    assert (computed["logits"] - expected).abs().max().item() < 1e-4
 
 
 # its 4 layers do not divide into 3 stages
@@ -65,11 +87,24 @@ def test_every_family_computes_the_logits_of_transformers_and_exports_the_same_b
     assert max(differences.values()) < 1e-5 * max(x.abs().max().item() for x in expected.values())
 
 
-@pytest.mark.parametrize("job", [Job(ep=2), Job(ep=2, tp=2, etp=1), Job(pp=3, ep=2)], ids=str)
-def test_experts_spread_over_ranks_compute_the_same_logits(
-    job: Job, models: tuple[Path, dict[str, Tensor]], tmp_path: Path
+SPREAD = [
+    (Job(ep=2), MIXTURES),
+    (Job(ep=2, tp=2, etp=1), MIXTURES),
+    (Job(ep=2, tp=4, etp=1), ("qwen3_moe",)),  # two copies of the experts within one replica
+    (Job(pp=3, ep=2), MIXTURES),
+    (Job(pp=2, vpp=2), ("llama_4_layers",)),
+]
+
+
+@pytest.mark.parametrize(
+    ("job", "names"), SPREAD, ids=lambda value: str(value) if isinstance(value, Job) else ""
+)
+def test_experts_and_interleaved_stages_spread_over_ranks_do_so_too(
+    job: Job, names: tuple[str, ...], models: tuple[Path, dict[str, Tensor]], tmp_path: Path
 ) -> None:
     folder, expected = models
-    computed = run_ranks(load_and_export, job.world_size, tmp_path, job, MIXTURES, folder, tmp_path)[-1]
-    for name in MIXTURES:
+    computed = run_ranks(load_and_export, job.world_size, tmp_path, job, names, folder, tmp_path)[-1]
+    for name in names:
         assert (computed[name] - expected[name]).abs().max().item() < 1e-4
+        exported = (tmp_path / name / "model.safetensors").read_bytes()
+        assert exported == (folder / name / "model.safetensors").read_bytes()
