@@ -12,10 +12,11 @@ from typing import Any
 from hpt_mega.checkpoint.store import CheckpointStore
 from hpt_mega.config import Config
 from hpt_mega.data.loader import QuestionLoader
-from hpt_mega.evaluation.heldout import Accuracy, evaluate, overall
+from hpt_mega.evaluation.heldout import NONE, Accuracy, evaluate, overall
 from hpt_mega.megatron.learner import Learner
 from hpt_mega.megatron.runtime import Layout
 from hpt_mega.megatron.step import Metrics
+from hpt_mega.rewards.math import Verdict
 from hpt_mega.rewards.pool import RewardPool
 from hpt_mega.rollout.engine import RolloutEngine, Sample, SamplingParams
 from hpt_mega.scheduler.blend import Schedule, schedule
@@ -100,7 +101,7 @@ class Trainer:
         ]
         texts = [self.decode(sample.tokens) for samples in rollouts for sample in samples]
         with self.timer.phase("reward"):
-            rewards = iter(self._score(texts, answers))
+            rewards = iter(verdict.reward for verdict in self._grade(texts, answers))
         first_group = self.layout.dp_rank * len(questions)
         rewarded = [
             [
@@ -126,21 +127,23 @@ class Trainer:
             return self.learner.learn(trajectories, self.step)
 
     def evaluate(self) -> dict[str, float]:
-        """Greedy held-out accuracy, split over the replicas."""
+        """Held-out accuracy, split over the replicas; the draws are the same at every step."""
         mine = self.heldout[self.layout.dp_rank :: self.layout.dp_size]
+        asked = self.cfg.evaluation
+        sampling = SamplingParams(
+            n=asked.samples,
+            max_new_tokens=self.cfg.rollout.max_new_tokens,
+            temperature=asked.temperature,
+            top_p=asked.top_p,
+            stop_tokens=(self.tokenizer.eos_token_id,),
+            seed=self.cfg.seed + self.layout.dp_rank,
+        )
         with self.timer.phase("eval"):
-            local = evaluate(
-                self.engine,
-                mine,
-                self._score,
-                self.decode,
-                self.cfg.rollout.max_new_tokens,
-                (self.tokenizer.eos_token_id,),
-            )
+            local = evaluate(self.engine, mine, sampling, self._grade, self.decode)
             by_task: dict[str, Accuracy] = {}
             for part in self.layout.gather_over_data(local):
                 for task, accuracy in part.items():
-                    by_task[task] = by_task.get(task, Accuracy(0, 0)) + accuracy
+                    by_task[task] = by_task.get(task, NONE) + accuracy
         total = overall(by_task)
         return {
             "eval/accuracy": total.value,
@@ -161,9 +164,9 @@ class Trainer:
     def decode(self, tokens: Sequence[int]) -> str:
         return str(self.tokenizer.decode(tokens, skip_special_tokens=True))
 
-    def _score(self, texts: Sequence[str], answers: Sequence[str]) -> list[float]:
-        """Rewards from the replica's leader, known to all its ranks."""
-        return self.layout.broadcast_object(self.rewards.score(texts, answers) if self.rewards else None)
+    def _grade(self, texts: Sequence[str], answers: Sequence[str]) -> list[Verdict]:
+        """Verdicts from the replica's leader, known to all its ranks."""
+        return self.layout.broadcast_object(self.rewards.verdicts(texts, answers) if self.rewards else None)
 
     def _is_due(self, every: int) -> bool:
         """Whether something done `every` steps (0: never) is due; the last step is always due."""

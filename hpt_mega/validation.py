@@ -17,6 +17,8 @@ import torch
 
 from hpt_mega.config import Config, ConfigError
 from hpt_mega.data.demonstrations import WRITERS
+from hpt_mega.data.files import HUB, is_data
+from hpt_mega.data.templates import TEMPLATES
 from hpt_mega.objective import Row, algorithm
 from hpt_mega.rewards.pool import KINDS
 from hpt_mega.scheduler import gate
@@ -79,12 +81,14 @@ def _numbers(cfg: Config) -> Problems:
     above_zero = (
         "parallel.tp parallel.pp parallel.dp data.train_questions data.heldout_questions "
         "data.max_prompt_tokens data.max_demonstration_tokens reward.workers reward.deadline_s "
-        "rollout.max_new_tokens rollout.max_sequences rollout.top_p optimizer.lr critic.lr critic.clip "
+        "rollout.max_new_tokens rollout.max_sequences rollout.top_p evaluation.samples evaluation.top_p "
+        "optimizer.lr critic.lr critic.clip "
         "trainer.steps trainer.updates_per_step trainer.questions_per_step trainer.tokens_per_microbatch "
         "trainer.keep_checkpoints trainer.deadline_s"
     )
     at_least_zero = (
-        "rollout.rollouts_per_question rollout.temperature optimizer.warmup_steps optimizer.weight_decay "
+        "rollout.rollouts_per_question rollout.temperature evaluation.temperature "
+        "optimizer.warmup_steps optimizer.weight_decay "
         "optimizer.clip_grad optimizer.beta1 optimizer.beta2 optimizer.min_lr_ratio trainer.eval_every "
         "trainer.save_every"
     )
@@ -94,7 +98,7 @@ def _numbers(cfg: Config) -> Problems:
     for key in at_least_zero.split():
         if not (value := attrgetter(key)(cfg)) >= 0:
             yield f"{key} is {value}, expected 0 or above"
-    for key in ("rollout.top_p", "optimizer.min_lr_ratio"):
+    for key in ("rollout.top_p", "evaluation.top_p", "optimizer.min_lr_ratio"):
         if (value := attrgetter(key)(cfg)) > 1:
             yield f"{key} is {value}, expected at most 1"
     for key in ("optimizer.beta1", "optimizer.beta2"):
@@ -107,6 +111,7 @@ def _names(cfg: Config) -> Problems:
         ("precision.dtype", cfg.precision.dtype, PRECISIONS),
         ("rollout.engine", cfg.rollout.engine, ENGINES),
         ("reward.kind", cfg.reward.kind, KINDS),
+        ("data.template", cfg.data.template, TEMPLATES),
         ("optimizer.schedule", cfg.optimizer.schedule, SCHEDULES),
         ("resume", cfg.resume, RESUME),
     ):
@@ -114,7 +119,9 @@ def _names(cfg: Config) -> Problems:
             yield f"{key} is {value!r}, expected {' or '.join(known)}"
     files = {"data.train_file": cfg.data.train_file, "data.heldout_file": cfg.data.heldout_file}
     for key, file in files.items():
-        if file and not Path(file).is_file():
+        if file and not is_data(file):
+            yield f"{key}={file}: expected a file .jsonl, .json or .parquet, or {HUB}OWNER/NAME"
+        elif file and not file.startswith(HUB) and not Path(file).is_file():
             yield f"{key}={file}: no such file (looked for {Path(file).absolute()})"
     if not cfg.data.tasks and not all(files.values()):
         yield "data.tasks is empty; name a task, or choose a group such as data=demo"

@@ -46,7 +46,7 @@ def main(config_path: str) -> int:
     try:
         train(cfg, layout, timer)
     except BaseException as error:
-        _report_failure(Path(cfg.run_dir), layout, timer, error)
+        report_failure(Path(cfg.run_dir), layout, timer, error)
         raise
     runtime.shutdown()
     return 0
@@ -153,7 +153,7 @@ def export(cfg: Config, layout: Layout, trainer: Trainer) -> None:
     )
 
 
-def _report_failure(run_dir: Path, layout: Layout, timer: PhaseTimer, error: BaseException) -> None:
+def report_failure(run_dir: Path, layout: Layout, timer: PhaseTimer, error: BaseException) -> None:
     """Leave a file that launch.py merges into one report: which rank failed, when, in which phase."""
     logs = run_dir / "logs"
     logs.mkdir(parents=True, exist_ok=True)

@@ -14,9 +14,10 @@ from typing import Any
 import reasoning_gym
 from transformers import PreTrainedTokenizerBase
 
-from hpt_mega.config import DataConfig, TaskConfig
+from hpt_mega.config import ColumnsConfig, DataConfig, TaskConfig
 from hpt_mega.data.demonstrations import WRITERS, demonstration
-from hpt_mega.data.files import read_records
+from hpt_mega.data.files import Message, read_records
+from hpt_mega.data.templates import check, render
 from hpt_mega.trajectory import Question
 
 DRAWS_PER_QUESTION = 30  # entries drawn at most for each question wanted, before a task counts as exhausted
@@ -40,9 +41,10 @@ def load_questions(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Qu
     _check(config, tokenizer)
     train, heldout = _generate(config, tokenizer)
     if config.train_file:
-        train = _read(Path(config.train_file), config.train_questions, config, tokenizer)
+        train = _read(config.train_file, config.columns, config.train_questions, config, tokenizer)
     if config.heldout_file:
-        heldout = _read(Path(config.heldout_file), config.heldout_questions, config, tokenizer)
+        columns, wanted = config.heldout_columns, config.heldout_questions
+        heldout = _read(config.heldout_file, columns, wanted, config, tokenizer)
     # Mixed once here, so that any prefix of the held-out set is a fair sample of the mixture.
     random.Random(config.seed).shuffle(heldout)
     random.Random(config.seed + 1).shuffle(train)
@@ -71,25 +73,30 @@ def _generate(
     return train, heldout
 
 
-def _read(path: Path, wanted: int, config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> list[Question]:
-    """The first `wanted` distinct questions of a file whose prompts are short enough."""
+def _read(
+    source: str, columns: ColumnsConfig, wanted: int, config: DataConfig, tokenizer: PreTrainedTokenizerBase
+) -> list[Question]:
+    """The first `wanted` distinct questions of a file or dataset whose prompts are short enough."""
     questions: dict[str, Question] = {}
     long_prompts = 0
-    for number, record in enumerate(read_records(path)):
+    stem = Path(source).stem
+    for number, record in enumerate(read_records(source, columns)):
         if len(questions) == wanted:
             break
-        task = record.task or path.stem
-        texts = _Texts(record.prompt.strip(), record.answer, record.demonstration, record.rejected)
-        question = _question(f"{path.stem}-{number}", task, texts, config, tokenizer)
+        earlier = [message for message in record.earlier if config.keep_system or message[0] != "system"]
+        texts = _Texts(
+            record.prompt.strip(), record.answer, record.demonstration, record.rejected, tuple(earlier)
+        )
+        question = _question(f"{stem}-{number}", record.task or stem, texts, config, tokenizer)
         if len(question.prompt_tokens) > config.max_prompt_tokens:
             long_prompts += 1
         else:
             questions.setdefault(normalised(question.prompt), question)
     if long_prompts:
-        print(f"data: {path}: dropped {long_prompts} prompts above {config.max_prompt_tokens} tokens")
+        print(f"data: {source}: dropped {long_prompts} prompts above {config.max_prompt_tokens} tokens")
     if len(questions) < wanted:
         raise ValueError(
-            f"{path} has {len(questions)} distinct usable questions, {wanted} are wanted; lower "
+            f"{source} has {len(questions)} distinct usable questions, {wanted} are wanted; lower "
             "data.train_questions or data.heldout_questions"
         )
     return list(questions.values())
@@ -113,12 +120,7 @@ def _check(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> None:
         if task.name not in WRITERS:
             known = ", ".join(sorted(WRITERS))
             raise ValueError(f"data.tasks: no demonstrations are known for {task.name!r}; known are {known}")
-    if not tokenizer.chat_template:
-        raise ValueError(
-            f"the tokenizer {tokenizer.name_or_path!r} has no chat template; use an instruct model"
-        )
-    if tokenizer.eos_token_id is None:
-        raise ValueError(f"the tokenizer {tokenizer.name_or_path!r} has no eos token, which ends a response")
+    check(config.template, tokenizer)
 
 
 def _shares(total: int, tasks: list[TaskConfig]) -> list[int]:
@@ -194,16 +196,18 @@ class _Texts:
     answer: str
     demonstration: str
     rejected: str = ""
+    earlier: tuple[Message, ...] = ()  # in the conversation
 
 
 def _question(
     identifier: str, task: str, texts: _Texts, config: DataConfig, tokenizer: PreTrainedTokenizerBase
 ) -> Question:
-    messages = [{"role": "user", "content": texts.prompt}]
+    messages = [*texts.earlier, ("user", texts.prompt)]
     if config.instruction:
-        # As the system message it takes the place of a template's default one: one preamble to read, not two.
-        messages.insert(0, {"role": "system", "content": config.instruction})
-    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        # As the system message it takes the place of any other one: one preamble to read, not two.
+        spoken = [message for message in messages if message[0] != "system"]
+        messages = [("system", config.instruction), *spoken]
+    text = render(config.template, messages, tokenizer)
 
     def response(words: str) -> tuple[int, ...]:
         tokens = tokenizer(words, add_special_tokens=False).input_ids if words else []

@@ -19,7 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from hpt_mega.rewards.choice import choice_verdict
+from hpt_mega.rewards.choice import choice_verdict, chosen
 from hpt_mega.rewards.math import Verdict, exact_verdict, final_answer, quick_verdict, unboxed
 
 # The verdict on (response, answer) by kind; None where workers are to compare.
@@ -29,6 +29,15 @@ _IN_PROCESS: dict[str, Callable[[str, str], Verdict | None]] = {
     "exact": exact_verdict,
 }
 KINDS = tuple(_IN_PROCESS)
+
+
+def extracted(kind: str, response: str) -> str:
+    """The final answer that a verdict of this kind is about, "" where the response has none."""
+    if kind == "choice":
+        return chosen(response) or ""
+    return final_answer(response) or ""
+
+
 MEMORY_MIB = 1024  # of a worker's address space
 START_FAILURES = 3  # in a row, of workers that end before they are ready
 START_DEADLINE_S = 120.0  # importing sympy on a loaded machine
