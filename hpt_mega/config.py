@@ -30,6 +30,8 @@ class ConfigError(ValueError):
 @dataclass
 class ModelConfig:
     path: str = "models/smollm2-135m-instruct"  # a Hugging Face folder: config, safetensors, tokenizer
+    rope_theta: float = 0.0  # in place of the folder's; 0: as it is. LUFFY trains Qwen2.5-Math with 40000
+    max_positions: int = 0  # likewise; LUFFY: 16384
 
 
 @dataclass
@@ -92,7 +94,7 @@ class ColumnsConfig:
 @dataclass
 class DataConfig:
     tasks: list[TaskConfig] = field(default_factory=list)
-    train_file: str = ""  # .jsonl, .json, .parquet or hf:OWNER/NAME, in place of the tasks
+    train_file: str = ""  # .jsonl, .json, .parquet, hf:OWNER/NAME or a folder of tools/prepare_data.py
     heldout_file: str = ""
     columns: ColumnsConfig = field(default_factory=ColumnsConfig)  # of the training file
     heldout_columns: ColumnsConfig = field(default_factory=ColumnsConfig)

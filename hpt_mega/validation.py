@@ -18,6 +18,7 @@ import torch
 from hpt_mega.config import Config, ConfigError
 from hpt_mega.data.demonstrations import WRITERS
 from hpt_mega.data.files import HUB, is_data
+from hpt_mega.data.store import is_prepared
 from hpt_mega.data.templates import TEMPLATES
 from hpt_mega.objective import Row, algorithm
 from hpt_mega.rewards.pool import KINDS
@@ -117,11 +118,20 @@ def _names(cfg: Config) -> Problems:
     ):
         if value not in known:
             yield f"{key} is {value!r}, expected {' or '.join(known)}"
+    yield from _data(cfg)
+
+
+def _data(cfg: Config) -> Problems:
     files = {"data.train_file": cfg.data.train_file, "data.heldout_file": cfg.data.heldout_file}
     for key, file in files.items():
-        if file and not is_data(file):
-            yield f"{key}={file}: expected a file .jsonl, .json or .parquet, or {HUB}OWNER/NAME"
-        elif file and not file.startswith(HUB) and not Path(file).is_file():
+        if not file or is_prepared(file):
+            continue
+        if not is_data(file):
+            yield (
+                f"{key}={file}: expected a file .jsonl, .json or .parquet, {HUB}OWNER/NAME, or a folder of "
+                "tools/prepare_data.py"
+            )
+        elif not file.startswith(HUB) and not Path(file).is_file():
             yield f"{key}={file}: no such file (looked for {Path(file).absolute()})"
     if not cfg.data.tasks and not all(files.values()):
         yield "data.tasks is empty; name a task, or choose a group such as data=demo"
@@ -189,7 +199,7 @@ def _batch(cfg: Config) -> Problems:
 
 
 def _lengths(cfg: Config, shape: Mapping[str, Any]) -> Problems:
-    positions = shape.get("max_position_embeddings")
+    positions = cfg.model.max_positions or shape.get("max_position_embeddings")
     response = max(cfg.rollout.max_new_tokens, cfg.data.max_demonstration_tokens)
     longest = cfg.data.max_prompt_tokens + response
     if positions and longest > positions:

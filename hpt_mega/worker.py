@@ -11,13 +11,14 @@ import traceback
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 warnings.filterwarnings("ignore", message=".*(Apex|Transformer Engine).*not installed.*")
 
 import torch  # noqa: E402
 from transformers import AutoTokenizer  # noqa: E402
 
-from hpt_mega.checkpoint.hf import HFCheckpoint  # noqa: E402
+from hpt_mega.checkpoint.hf import HFCheckpoint, with_context  # noqa: E402
 from hpt_mega.checkpoint.store import CheckpointStore  # noqa: E402
 from hpt_mega.checkpoint.weights import export_hf, load_hf  # noqa: E402
 from hpt_mega.config import Config, load  # noqa: E402
@@ -78,7 +79,7 @@ def build_trainer(
     """Every part of the training step, from the config."""
     checkpoint = HFCheckpoint(Path(cfg.model.path))
     family = family_for(checkpoint.config)
-    shape = family.read_shape(checkpoint.config)
+    shape = family.read_shape(with_context(checkpoint.config, **_context(cfg)))
     dtype = DTYPES[cfg.precision.dtype]
     model = build_model(shape, cfg.parallel, layout, dtype)
     load_hf(model, checkpoint, family, shape, layout)
@@ -150,7 +151,12 @@ def export(cfg: Config, layout: Layout, trainer: Trainer) -> None:
         Path(cfg.run_dir) / "hf",
         source,
         layout,
+        **_context(cfg),
     )
+
+
+def _context(cfg: Config) -> dict[str, Any]:
+    return {"rope_theta": cfg.model.rope_theta, "max_positions": cfg.model.max_positions}
 
 
 def report_failure(run_dir: Path, layout: Layout, timer: PhaseTimer, error: BaseException) -> None:

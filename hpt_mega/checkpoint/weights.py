@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -61,11 +62,18 @@ def fill(
 
 
 def export_hf(
-    model: PolicyModel, family: Family, shape: ModelShape, out: Path, source: Path, layout: Layout
+    model: PolicyModel,
+    family: Family,
+    shape: ModelShape,
+    out: Path,
+    source: Path,
+    layout: Layout,
+    **context: Any,
 ) -> None:
     """Write the model as a Hugging Face folder; all ranks of one replica call it, its first rank writes.
 
-    `source` is the folder that config, tokenizer and chat template are taken from. `out` appears, or is
+    `source` is the folder that config, tokenizer and chat template are taken from; `context` changes the
+    config as in hf.with_context. `out` appears, or is
     replaced, only when complete.
     """
     collector = _Collector(model, family, shape, layout)
@@ -78,7 +86,7 @@ def export_hf(
             for name, tensor in zip(entry.hf, collector.whole_tensors(entry), strict=True):
                 writer.write(name, tensor)
         writer.finish()
-        copy_companions(source, folder, collector.dtype)
+        copy_companions(source, folder, collector.dtype, **context)
 
 
 def own_entries(model: PolicyModel, family: Family, shape: ModelShape) -> list[tuple[Entry, Tensor]]:

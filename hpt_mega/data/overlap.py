@@ -32,12 +32,19 @@ class OverlapIndex:
                 self._questions.setdefault(run, []).append(index)
         self._found: dict[int, str] = {}
 
+    def matches(self, text: str) -> dict[int, str]:
+        """{question: the first in the alphabet of the runs it shares with the text}, by rising index."""
+        found: dict[int, str] = {}
+        for run in sorted(runs(text) & self._questions.keys()):
+            for index in self._questions[run]:
+                found.setdefault(index, run)
+        return dict(sorted(found.items()))
+
     def add(self, texts: Iterable[str]) -> None:
         """Compare more training texts."""
         for text in texts:
-            for run in runs(text) & self._questions.keys():
-                for index in self._questions[run]:
-                    self._found[index] = min(run, self._found.get(index, run))
+            for index, run in self.matches(text).items():
+                self._found[index] = min(run, self._found.get(index, run))
 
     @property
     def overlapping(self) -> dict[int, str]:

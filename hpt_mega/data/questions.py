@@ -6,17 +6,19 @@ How a demonstration is worked out is in demonstrations.py, in which order questi
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import reasoning_gym
 from transformers import PreTrainedTokenizerBase
 
 from hpt_mega.config import ColumnsConfig, DataConfig, TaskConfig
 from hpt_mega.data.demonstrations import WRITERS, demonstration
 from hpt_mega.data.files import Message, read_records
+from hpt_mega.data.store import StoredQuestions, fingerprint, is_prepared
 from hpt_mega.data.templates import check, render
 from hpt_mega.trajectory import Question
 
@@ -27,8 +29,8 @@ DRAWS_PER_QUESTION = 30  # entries drawn at most for each question wanted, befor
 class QuestionSet:
     """Train and held-out questions; no text is in both, none is twice in either."""
 
-    train: list[Question]
-    heldout: list[Question]
+    train: Sequence[Question]
+    heldout: Sequence[Question]
 
 
 def load_questions(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> QuestionSet:
@@ -39,19 +41,18 @@ def load_questions(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Qu
     more than half of a task's prompts are too long.
     """
     _check(config, tokenizer)
-    train, heldout = _generate(config, tokenizer)
+    generated_train, generated_heldout = _generate(config, tokenizer)
+    train: Sequence[Question] = generated_train
+    heldout: Sequence[Question] = generated_heldout
     if config.train_file:
         train = _read(config.train_file, config.columns, config.train_questions, config, tokenizer)
     if config.heldout_file:
         columns, wanted = config.heldout_columns, config.heldout_questions
         heldout = _read(config.heldout_file, columns, wanted, config, tokenizer)
     # Mixed once here, so that any prefix of the held-out set is a fair sample of the mixture.
-    random.Random(config.seed).shuffle(heldout)
-    random.Random(config.seed + 1).shuffle(train)
-    overlap = {normalised(question.prompt) for question in train} & {
-        normalised(question.prompt) for question in heldout
-    }
-    if overlap:
+    heldout = _mixed(heldout, config.seed)
+    train = _mixed(train, config.seed + 1)
+    if overlap := _texts(train) & _texts(heldout):
         raise ValueError(f"{len(overlap)} questions are in train and held-out, for instance {min(overlap)!r}")
     return QuestionSet(train, heldout)
 
@@ -73,10 +74,50 @@ def _generate(
     return train, heldout
 
 
+def _mixed(questions: Sequence[Question], seed: int) -> Sequence[Question]:
+    order = list(range(len(questions)))
+    random.Random(seed).shuffle(order)
+    if isinstance(questions, StoredQuestions):
+        return questions.choose(np.array(order))
+    return [questions[i] for i in order]
+
+
+def _texts(questions: Sequence[Question]) -> set[str]:
+    prompts = (
+        questions.prompts if isinstance(questions, StoredQuestions) else [one.prompt for one in questions]
+    )
+    return {normalised(prompt) for prompt in prompts}
+
+
+def _stored(
+    folder: Path, wanted: int, config: DataConfig, tokenizer: PreTrainedTokenizerBase
+) -> StoredQuestions:
+    """The first `wanted` questions of a prepared folder whose prompts and responses are short enough."""
+    stored = StoredQuestions(folder)
+    marks = fingerprint(tokenizer, config.template, config.instruction, config.keep_system)
+    if stored.manifest["fingerprint"] != marks:
+        raise ValueError(
+            f"{folder} was prepared with another tokenizer, template, instruction or keep_system than the "
+            f"run's (template {stored.manifest['template']!r}, instruction "
+            f"{stored.manifest['instruction']!r}); prepare it again with tools/prepare_data.py"
+        )
+    response = config.max_demonstration_tokens
+    fits = (stored.lengths <= (config.max_prompt_tokens, response, response)).all(axis=1)
+    if not fits.all():
+        limits = f"{config.max_prompt_tokens} and {response}"
+        print(f"data: {folder}: dropped {(~fits).sum()} questions above {limits} tokens")
+    chosen = stored.choose(np.flatnonzero(fits)[:wanted])
+    if len(chosen) < wanted:
+        raise ValueError(f"{folder} has {len(chosen)} usable questions, {wanted} are wanted; lower the wish")
+    return chosen
+
+
 def _read(
     source: str, columns: ColumnsConfig, wanted: int, config: DataConfig, tokenizer: PreTrainedTokenizerBase
-) -> list[Question]:
+) -> Sequence[Question]:
     """The first `wanted` distinct questions of a file or dataset whose prompts are short enough."""
+    if is_prepared(source):
+        return _stored(Path(source), wanted, config, tokenizer)
     questions: dict[str, Question] = {}
     long_prompts = 0
     stem = Path(source).stem
