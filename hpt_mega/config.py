@@ -92,12 +92,27 @@ class ColumnsConfig:
 
 
 @dataclass
+class SourceConfig:
+    """One file of a mixture."""
+
+    file: str
+    weight: float = 1.0  # how often it is drawn from, in proportion; its epochs are its own
+    questions: int = 1000
+    columns: ColumnsConfig = field(default_factory=ColumnsConfig)
+
+
+@dataclass
 class DataConfig:
     tasks: list[TaskConfig] = field(default_factory=list)
     train_file: str = ""  # .jsonl, .json, .parquet, hf:OWNER/NAME or a folder of tools/prepare_data.py
     heldout_file: str = ""
     columns: ColumnsConfig = field(default_factory=ColumnsConfig)  # of the training file
     heldout_columns: ColumnsConfig = field(default_factory=ColumnsConfig)
+    mixture: list[SourceConfig] = field(
+        default_factory=list
+    )  # several training files, in place of train_file
+    keep_solved: float = 1.0  # share of its draws at which a question whose rollouts were all right is asked
+    reader: str = "torch"  # torch | dali: how the tokens of prepared folders are read
     keep_system: bool = True  # whether a file's own system messages are used
     template: str = "chat"  # the tokenizer's, or qwen_math, llama_base, plain
     train_questions: int = 2000

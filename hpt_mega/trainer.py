@@ -61,6 +61,7 @@ class Trainer:
         questions = self.loader.next_batch(self.step)
         rollouts = self.generate(questions)
         rewarded = self.reward(questions, rollouts)
+        self.observe(rewarded)
         plan = schedule(
             rewarded,
             questions,
@@ -121,6 +122,13 @@ class Trainer:
         self.log.samples(self.step + 1, questions, texts, [t.reward for group in rewarded for t in group])
         return rewarded
 
+    def observe(self, rewarded: Sequence[Sequence[Trajectory]]) -> None:
+        """Tell a curriculum how often the step's questions were solved, on all replicas."""
+        if self.loader.has_curriculum:
+            rates = [sum(t.reward for t in group) / len(group) if group else 0.0 for group in rewarded]
+            parts = self.layout.gather_over_data(rates)
+            self.loader.observe([rate for part in parts for rate in part])
+
     def learn(self, trajectories: Sequence[Trajectory]) -> Metrics:
         """The optimizer's updates on the unified objective, over all replicas' trajectories."""
         with self.timer.phase("train"):
@@ -153,11 +161,12 @@ class Trainer:
 
     def save(self) -> None:
         with self.timer.phase("checkpoint"), self.store.writing(self.step) as folder:
-            self.learner.save(folder, {"step": self.step})
+            self.learner.save(folder, {"step": self.step, "loader": self.loader.state()})
 
     def resume(self, step: int) -> None:
         common = self.learner.load(self.store.path(step))
         self.step = common["step"]
+        self.loader.restore(common.get("loader", {}))
         self.engine.update_weights(policy_version=self.step)
         self.timer.take()  # start-up is no part of the next step
 

@@ -18,6 +18,7 @@ import torch
 from hpt_mega.config import Config, ConfigError
 from hpt_mega.data.demonstrations import WRITERS
 from hpt_mega.data.files import HUB, is_data
+from hpt_mega.data.readers import READERS
 from hpt_mega.data.store import is_prepared
 from hpt_mega.data.templates import TEMPLATES
 from hpt_mega.objective import Row, algorithm
@@ -113,6 +114,7 @@ def _names(cfg: Config) -> Problems:
         ("rollout.engine", cfg.rollout.engine, ENGINES),
         ("reward.kind", cfg.reward.kind, KINDS),
         ("data.template", cfg.data.template, TEMPLATES),
+        ("data.reader", cfg.data.reader, READERS),
         ("optimizer.schedule", cfg.optimizer.schedule, SCHEDULES),
         ("resume", cfg.resume, RESUME),
     ):
@@ -123,23 +125,35 @@ def _names(cfg: Config) -> Problems:
 
 def _data(cfg: Config) -> Problems:
     files = {"data.train_file": cfg.data.train_file, "data.heldout_file": cfg.data.heldout_file}
+    files |= {f"data.mixture.{i}.file": part.file for i, part in enumerate(cfg.data.mixture)}
     for key, file in files.items():
-        if not file or is_prepared(file):
-            continue
-        if not is_data(file):
-            yield (
-                f"{key}={file}: expected a file .jsonl, .json or .parquet, {HUB}OWNER/NAME, or a folder of "
-                "tools/prepare_data.py"
-            )
-        elif not file.startswith(HUB) and not Path(file).is_file():
-            yield f"{key}={file}: no such file (looked for {Path(file).absolute()})"
-    if not cfg.data.tasks and not all(files.values()):
+        if file and not is_prepared(file):
+            yield from _file(key, file)
+    if cfg.data.mixture and cfg.data.train_file:
+        yield "data.train_file and data.mixture are both given; put the file into the mixture"
+    if not 0 < cfg.data.keep_solved <= 1:
+        yield f"data.keep_solved is {cfg.data.keep_solved}, expected above 0 and at most 1"
+    has_training = cfg.data.train_file or cfg.data.mixture
+    if not cfg.data.tasks and not (has_training and cfg.data.heldout_file):
         yield "data.tasks is empty; name a task, or choose a group such as data=demo"
     for index, task in enumerate(cfg.data.tasks):
         if task.name not in WRITERS:
             yield f"data.tasks.{index}.name is {task.name!r}, expected one of {', '.join(WRITERS)}"
-        if not task.weight > 0:
-            yield f"data.tasks.{index}.weight is {task.weight}, expected above 0"
+    weights = {f"data.tasks.{i}.weight": task.weight for i, task in enumerate(cfg.data.tasks)}
+    weights |= {f"data.mixture.{i}.weight": part.weight for i, part in enumerate(cfg.data.mixture)}
+    for key, weight in weights.items():
+        if not weight > 0:
+            yield f"{key} is {weight}, expected above 0"
+
+
+def _file(key: str, file: str) -> Problems:
+    if not is_data(file):
+        yield (
+            f"{key}={file}: expected a file .jsonl, .json or .parquet, {HUB}OWNER/NAME, or a folder of "
+            "tools/prepare_data.py"
+        )
+    elif not file.startswith(HUB) and not Path(file).is_file():
+        yield f"{key}={file}: no such file (looked for {Path(file).absolute()})"
 
 
 def _layout(cfg: Config, shape: Mapping[str, Any]) -> Problems:
@@ -191,9 +205,10 @@ def _batch(cfg: Config) -> Problems:
             f"trainer.updates_per_step is {updates} and a replica has {questions // dp} questions a step; an "
             "update needs at least one: lower updates_per_step or raise trainer.questions_per_step"
         )
-    if questions > cfg.data.train_questions:
+    available = sum(part.questions for part in cfg.data.mixture) or cfg.data.train_questions
+    if questions > available:
         yield (
-            f"trainer.questions_per_step is {questions} and data.train_questions {cfg.data.train_questions}; "
+            f"trainer.questions_per_step is {questions} and data.train_questions {available}; "
             "a step cannot ask more than there are"
         )
 

@@ -97,7 +97,15 @@ def build_trainer(
         ),
         gate=gate(cfg.gate.name, **cfg.gate.options),
         loader=QuestionLoader(
-            questions.train, cfg.trainer.questions_per_step, layout.dp_rank, layout.dp_size, cfg.seed
+            questions.train,
+            cfg.trainer.questions_per_step,
+            layout.dp_rank,
+            layout.dp_size,
+            cfg.seed,
+            sizes=questions.sizes,
+            weights=questions.weights,
+            keep_solved=cfg.data.keep_solved,
+            reader=cfg.data.reader,
         ),
         heldout=questions.heldout,
         rewards=rewards,

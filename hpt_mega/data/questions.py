@@ -6,10 +6,12 @@ How a demonstration is worked out is in demonstrations.py, in which order questi
 from __future__ import annotations
 
 import random
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import reasoning_gym
@@ -18,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from hpt_mega.config import ColumnsConfig, DataConfig, TaskConfig
 from hpt_mega.data.demonstrations import WRITERS, demonstration
 from hpt_mega.data.files import Message, read_records
+from hpt_mega.data.order import shares
 from hpt_mega.data.store import StoredQuestions, fingerprint, is_prepared
 from hpt_mega.data.templates import check, render
 from hpt_mega.trajectory import Question
@@ -31,6 +34,31 @@ class QuestionSet:
 
     train: Sequence[Question]
     heldout: Sequence[Question]
+    sizes: Sequence[int] = ()  # of the parts of a mixture, which follow each other in train
+    weights: Sequence[float] | None = None
+
+
+class Joined(Sequence[Question]):
+    """Several sequences as one."""
+
+    def __init__(self, parts: Sequence[Sequence[Question]]) -> None:
+        self.parts = parts
+        self._ends = [*accumulate(map(len, parts))]
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    @overload
+    def __getitem__(self, index: int) -> Question: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Question]: ...
+    def __getitem__(self, index: int | slice) -> Question | list[Question]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not 0 <= index < len(self):
+            raise IndexError(f"question {index} of {len(self)}")
+        part = bisect_right(self._ends, index)
+        return self.parts[part][index - self._ends[part] + len(self.parts[part])]
 
 
 def load_questions(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> QuestionSet:
@@ -46,23 +74,27 @@ def load_questions(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Qu
     heldout: Sequence[Question] = generated_heldout
     if config.train_file:
         train = _read(config.train_file, config.columns, config.train_questions, config, tokenizer)
+    parts = [_read(part.file, part.columns, part.questions, config, tokenizer) for part in config.mixture]
     if config.heldout_file:
         columns, wanted = config.heldout_columns, config.heldout_questions
         heldout = _read(config.heldout_file, columns, wanted, config, tokenizer)
     # Mixed once here, so that any prefix of the held-out set is a fair sample of the mixture.
     heldout = _mixed(heldout, config.seed)
-    train = _mixed(train, config.seed + 1)
+    train = Joined(parts) if parts else _mixed(train, config.seed + 1)
     if overlap := _texts(train) & _texts(heldout):
         raise ValueError(f"{len(overlap)} questions are in train and held-out, for instance {min(overlap)!r}")
-    return QuestionSet(train, heldout)
+    weights = [part.weight for part in config.mixture]
+    return QuestionSet(train, heldout, [len(part) for part in parts], weights or None)
 
 
 def _generate(
     config: DataConfig, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[Question], list[Question]]:
     """(train, held-out) questions of the tasks; none of a part that a file supplies."""
-    train_share = _shares(0 if config.train_file else config.train_questions, config.tasks)
-    heldout_share = _shares(0 if config.heldout_file else config.heldout_questions, config.tasks)
+    weights = [task.weight for task in config.tasks]
+    has_files = bool(config.train_file or config.mixture)
+    train_share = shares(0 if has_files else config.train_questions, weights)
+    heldout_share = shares(0 if config.heldout_file else config.heldout_questions, weights)
     train: list[Question] = []
     heldout: list[Question] = []
     seen: set[str] = set()
@@ -83,6 +115,8 @@ def _mixed(questions: Sequence[Question], seed: int) -> Sequence[Question]:
 
 
 def _texts(questions: Sequence[Question]) -> set[str]:
+    if isinstance(questions, Joined):
+        return {text for part in questions.parts for text in _texts(part)}
     prompts = (
         questions.prompts if isinstance(questions, StoredQuestions) else [one.prompt for one in questions]
     )
@@ -149,7 +183,7 @@ def normalised(text: str) -> str:
 
 
 def _check(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-    if not config.tasks and not (config.train_file and config.heldout_file):
+    if not config.tasks and not ((config.train_file or config.mixture) and config.heldout_file):
         raise ValueError("data.tasks is empty; name at least one task, or choose a group such as data=demo")
     for task in config.tasks:
         if not task.weight > 0:
@@ -162,17 +196,6 @@ def _check(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> None:
             known = ", ".join(sorted(WRITERS))
             raise ValueError(f"data.tasks: no demonstrations are known for {task.name!r}; known are {known}")
     check(config.template, tokenizer)
-
-
-def _shares(total: int, tasks: list[TaskConfig]) -> list[int]:
-    """total divided in proportion to the weights, by largest remainders."""
-    weights = sum(task.weight for task in tasks)
-    exact = [total * task.weight / weights for task in tasks]
-    shares = [int(value) for value in exact]
-    by_remainder = sorted(range(len(tasks)), key=lambda i: shares[i] - exact[i])
-    for i in by_remainder[: total - sum(shares)]:
-        shares[i] += 1
-    return shares
 
 
 def _draw(

@@ -30,7 +30,8 @@ class TokenFile:
     """The sequences of a .bin and .idx pair, memory-mapped. Raises ValueError where they are damaged."""
 
     def __init__(self, prefix: Path) -> None:
-        index = np.memmap(prefix.with_suffix(".idx"), dtype=np.uint8, mode="r")
+        # np.asarray: a memmap's own slices cost microseconds each
+        index = np.asarray(np.memmap(prefix.with_suffix(".idx"), dtype=np.uint8, mode="r"))
         head = bytes(index[:34])
         magic, version, code, count, documents = (
             struct.unpack("<9sQBQQ", head) if len(head) == 34 else [b""] * 5
@@ -40,23 +41,28 @@ class TokenFile:
         self.dtype = np.dtype(_DTYPES[code])
         ends = np.cumsum([34, 4 * count, 8 * count, 8 * documents])
         self.lengths: NDArray[np.int32] = index[ends[0] : ends[1]].view(np.int32)
-        self._offsets: NDArray[np.int64] = index[ends[1] : ends[2]].view(np.int64)
+        self.starts: NDArray[np.int64] = index[ends[1] : ends[2]].view(np.int64) // self.dtype.itemsize
         size = prefix.with_suffix(".bin").stat().st_size
         expected = int(self.lengths.sum(dtype=np.int64)) * self.dtype.itemsize
         if len(self.lengths) != count or size != expected:
             raise ValueError(
                 f"{prefix}.bin has {size} bytes, its index tells of {expected}; prepare the data again"
             )
-        empty = np.empty(0, self.dtype)
-        self._tokens = np.memmap(prefix.with_suffix(".bin"), dtype=self.dtype, mode="r") if size else empty
+        self.tokens = np.empty(0, self.dtype)
+        if size:
+            self.tokens = np.asarray(np.memmap(prefix.with_suffix(".bin"), dtype=self.dtype, mode="r"))
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     def sequence(self, index: int) -> NDArray[Any]:
         """Tokens [length] of a sequence, a view of the file."""
-        start = int(self._offsets[index]) // self.dtype.itemsize
-        return self._tokens[start : start + int(self.lengths[index])]
+        return self.span(index, 1)
+
+    def span(self, first: int, count: int) -> NDArray[Any]:
+        """Tokens of `count` sequences side by side, a view of the file."""
+        start = int(self.starts[first])
+        return self.tokens[start : start + int(self.lengths[first : first + count].sum())]
 
 
 class StoredQuestions(Sequence[Question]):
@@ -68,11 +74,11 @@ class StoredQuestions(Sequence[Question]):
 
     def __init__(self, folder: Path) -> None:
         self.manifest = read_manifest(folder)
-        self._file = TokenFile(folder / TOKENS)
+        self.file = TokenFile(folder / TOKENS)
         self._texts = [json.loads(line) for line in (folder / TEXTS).read_text("utf-8").splitlines()]
-        if len(self._file) != PARTS * len(self._texts):
+        if len(self.file) != PARTS * len(self._texts):
             raise ValueError(
-                f"{folder}: {len(self._texts)} questions and {len(self._file)} sequences; expected {PARTS} "
+                f"{folder}: {len(self._texts)} questions and {len(self.file)} sequences; expected {PARTS} "
                 "a question. Prepare the data again"
             )
         self._chosen = np.arange(len(self._texts))
@@ -80,7 +86,7 @@ class StoredQuestions(Sequence[Question]):
     @property
     def lengths(self) -> NDArray[np.int32]:
         """[questions, 3] tokens of prompt, demonstration and rejected response."""
-        return self._file.lengths.reshape(-1, PARTS)[self._chosen]
+        return self.file.lengths.reshape(-1, PARTS)[self._chosen]
 
     @property
     def prompts(self) -> list[str]:
@@ -103,8 +109,25 @@ class StoredQuestions(Sequence[Question]):
         if isinstance(index, slice):
             return self.choose(np.arange(len(self))[index])
         row = int(self._chosen[index])
+        return self._question(row, [self.file.sequence(PARTS * row + part) for part in range(PARTS)])
+
+    def rows(self, indices: Sequence[int]) -> list[int]:
+        """Where in the files the questions of these indices stand."""
+        return self._chosen[list(indices)].tolist()
+
+    def with_tokens(
+        self, indices: Sequence[int], tokens_BS: NDArray[Any], lengths_B3: NDArray[Any]
+    ) -> list[Question]:
+        """The questions of these indices, from documents that a reader has read."""
+        found = []
+        for row, tokens, lengths in zip(self.rows(indices), tokens_BS, lengths_B3, strict=True):
+            ends = np.cumsum(lengths)
+            found.append(self._question(row, np.split(tokens[: ends[-1]], ends[:-1])))
+        return found
+
+    def _question(self, row: int, parts: Sequence[NDArray[Any]]) -> Question:
         text = self._texts[row]
-        tokens = [tuple(self._file.sequence(PARTS * row + part).tolist()) for part in range(PARTS)]
+        tokens = [tuple(part.tolist()) for part in parts]
         return Question(
             id=text["id"],
             task=text["task"],

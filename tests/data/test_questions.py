@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from hpt_mega.config import DataConfig, TaskConfig
+from hpt_mega.config import DataConfig, SourceConfig, TaskConfig
 from hpt_mega.data.questions import load_questions
 from hpt_mega.rewards.math import quick_verdict
 from tests.data.byte_tokenizer import byte_tokenizer
@@ -191,3 +191,20 @@ def test_a_files_system_message_is_kept_dropped_or_replaced(
         asked = replace(wanted, instruction=instruction, keep_system=keep)
         (question,) = load_questions(asked, tokenizer).train
         assert tokenizer.decode(question.prompt_tokens) == prompt
+
+
+def test_a_mixture_of_files_keeps_its_parts_apart(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    for name, count in (("a", 5), ("b", 3)):
+        lines = [json.dumps({"prompt": f"{name} {i}?", "answer": str(i)}) for i in range(count)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    mixture = [
+        SourceConfig(str(tmp_path / "a.jsonl"), weight=2.0, questions=4),
+        SourceConfig(str(tmp_path / "b.jsonl"), questions=3),
+    ]
+    loaded = load_questions(replace(config(EASY, heldout=3), mixture=mixture), tokenizer)
+    assert [question.task for question in loaded.train] == ["a"] * 4 + ["b"] * 3
+    assert (loaded.sizes, loaded.weights) == ([4, 3], [2.0, 1.0])
+    assert loaded.train[4].prompt == "b 0?" and len(loaded.train) == 7
+    assert [question.prompt for question in loaded.train[3:5]] == ["a 3?", "b 0?"]
+    with pytest.raises(IndexError):
+        loaded.train[7]
