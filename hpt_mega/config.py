@@ -125,9 +125,10 @@ class DataConfig:
 
 @dataclass
 class RewardConfig:
-    kind: str = "math"
+    kind: str = "math"  # math | choice | exact | format, or the dotted path of a function
     workers: int = 1
     deadline_s: float = 5.0
+    memory_mib: int = 1024  # of a worker's address space
 
 
 @dataclass

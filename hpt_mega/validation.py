@@ -22,7 +22,8 @@ from hpt_mega.data.readers import READERS
 from hpt_mega.data.store import is_prepared
 from hpt_mega.data.templates import TEMPLATES
 from hpt_mega.objective import Row, algorithm
-from hpt_mega.rewards.pool import KINDS
+from hpt_mega.rewards.function import load_function
+from hpt_mega.rewards.pool import KINDS, is_kind
 from hpt_mega.scheduler import gate
 
 ENGINES = ("megatron",)
@@ -83,6 +84,7 @@ def _numbers(cfg: Config) -> Problems:
     above_zero = (
         "parallel.tp parallel.pp parallel.dp data.train_questions data.heldout_questions "
         "data.max_prompt_tokens data.max_demonstration_tokens reward.workers reward.deadline_s "
+        "reward.memory_mib "
         "rollout.max_new_tokens rollout.max_sequences rollout.top_p evaluation.samples evaluation.top_p "
         "optimizer.lr critic.lr critic.clip "
         "trainer.steps trainer.updates_per_step trainer.questions_per_step trainer.tokens_per_microbatch "
@@ -112,7 +114,6 @@ def _names(cfg: Config) -> Problems:
     for key, value, known in (
         ("precision.dtype", cfg.precision.dtype, PRECISIONS),
         ("rollout.engine", cfg.rollout.engine, ENGINES),
-        ("reward.kind", cfg.reward.kind, KINDS),
         ("data.template", cfg.data.template, TEMPLATES),
         ("data.reader", cfg.data.reader, READERS),
         ("optimizer.schedule", cfg.optimizer.schedule, SCHEDULES),
@@ -120,7 +121,20 @@ def _names(cfg: Config) -> Problems:
     ):
         if value not in known:
             yield f"{key} is {value!r}, expected {' or '.join(known)}"
+    yield from _reward(cfg.reward.kind)
     yield from _data(cfg)
+
+
+def _reward(kind: str) -> Problems:
+    if kind in KINDS:
+        return
+    if not is_kind(kind):
+        yield f"reward.kind is {kind!r}, expected {' or '.join(KINDS)}, or the dotted path of a function"
+        return
+    try:
+        load_function(kind)
+    except ValueError as error:
+        yield f"reward.kind={error}"
 
 
 def _data(cfg: Config) -> Problems:

@@ -86,7 +86,9 @@ def build_trainer(
     tokenizer = AutoTokenizer.from_pretrained(cfg.model.path)
     questions = load_questions(cfg.data, tokenizer)
     rewards = (
-        RewardPool(cfg.reward.kind, cfg.reward.workers, cfg.reward.deadline_s) if layout.is_leader else None
+        RewardPool(cfg.reward.kind, cfg.reward.workers, cfg.reward.deadline_s, cfg.reward.memory_mib)
+        if layout.is_leader
+        else None
     )
     return Trainer(
         cfg=cfg,

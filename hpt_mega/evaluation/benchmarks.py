@@ -21,7 +21,7 @@ from hpt_mega.data.files import HUB, LETTERS, Record, is_data, read_records
 from hpt_mega.data.overlap import WORDS, OverlapIndex
 from hpt_mega.data.templates import render
 from hpt_mega.evaluation.config import EvalConfig
-from hpt_mega.rewards.pool import KINDS
+from hpt_mega.rewards.pool import KINDS, is_kind
 from hpt_mega.trajectory import Question
 
 GYM = "reasoning_gym:"
@@ -141,8 +141,10 @@ def _kind(kind: str, records: list[Record], name: str) -> str:
     if kind == "auto":
         are_letters = all(re.fullmatch(rf"\(?[{LETTERS}]\)?\.?", r.answer.strip()) for r in records)
         return "choice" if are_letters else "math"
-    if kind not in KINDS:
-        raise ConfigError(f"benchmark {name}: kind is {kind!r}, expected auto or one of {', '.join(KINDS)}")
+    if not is_kind(kind):
+        raise ConfigError(
+            f"benchmark {name}: kind is {kind!r}, expected auto, {', '.join(KINDS)}, or MODULE.FUNCTION"
+        )
     return kind
 
 

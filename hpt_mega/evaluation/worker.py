@@ -156,7 +156,9 @@ def evaluate(cfg: EvalConfig, layout: Layout, timer: PhaseTimer) -> None:
     is_writer = layout.rank == 0
     journal = Journal(run_dir / "responses.jsonl") if is_writer else None
     reward = cfg.reward
-    rewards = RewardPool(reward.kind, reward.workers, reward.deadline_s) if layout.is_leader else None
+    rewards = None
+    if layout.is_leader:
+        rewards = RewardPool(reward.kind, reward.workers, reward.deadline_s, reward.memory_mib)
     try:
         with timer.phase("evaluate"):
             Evaluator(cfg, layout, engine, tokenizer, rewards, journal).run(benchmarks)
