@@ -1,14 +1,15 @@
-"""Which rollout engine answers an evaluation. One line of ENGINES an engine; all keep rollout/engine.py."""
+"""Which rollout engine answers an evaluation: one line of ENGINES each, open for as long as it lasts."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 from hpt_mega.config import Config, ModelConfig, TrainerConfig
 from hpt_mega.evaluation.config import EvalConfig
+from hpt_mega.evaluation.sample import Respondent
 from hpt_mega.megatron.runtime import Layout
-from hpt_mega.rollout.engine import RolloutEngine
 
 
 def job_config(cfg: EvalConfig) -> Config:
@@ -22,7 +23,8 @@ def job_config(cfg: EvalConfig) -> Config:
     )
 
 
-def _megatron(cfg: EvalConfig, layout: Layout) -> RolloutEngine:
+@contextmanager
+def _megatron(cfg: EvalConfig, layout: Layout) -> Iterator[Respondent]:
     from hpt_mega.checkpoint.hf import HFCheckpoint
     from hpt_mega.checkpoint.weights import load_hf
     from hpt_mega.megatron.model import DTYPES, build_model
@@ -34,7 +36,9 @@ def _megatron(cfg: EvalConfig, layout: Layout) -> RolloutEngine:
     shape = family.read_shape(checkpoint.config)
     model = build_model(shape, cfg.parallel, layout, DTYPES[cfg.precision.dtype])
     load_hf(model, checkpoint, family, shape, layout)
-    return MegatronEngine(model, layout, vocab_size=shape.vocab_size, max_sequences=cfg.max_sequences)
+    yield MegatronEngine(model, layout, vocab_size=shape.vocab_size, max_sequences=cfg.max_sequences)
 
 
-ENGINES: dict[str, Callable[[EvalConfig, Layout], RolloutEngine]] = {"megatron": _megatron}
+ENGINES: dict[str, Callable[[EvalConfig, Layout], AbstractContextManager[Respondent]]] = {
+    "megatron": _megatron
+}

@@ -6,8 +6,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from hpt_mega.evaluation.sample import Decode, Grade, respond
-from hpt_mega.rollout.engine import RolloutEngine, SamplingParams
+from hpt_mega.evaluation.sample import Decode, Grade, Respondent, respond
+from hpt_mega.rollout.engine import SamplingParams
 from hpt_mega.trajectory import Question
 
 
@@ -43,7 +43,7 @@ NONE = Accuracy(0.0, 0, 0.0)
 
 
 def evaluate(
-    engine: RolloutEngine,
+    engine: Respondent,
     questions: Sequence[Question],
     sampling: SamplingParams,
     grade: Grade,

@@ -7,13 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from hpt_mega.rewards.math import Verdict
-from hpt_mega.rollout.engine import RolloutEngine, SamplingParams
+from hpt_mega.rollout.engine import Sample, SamplingParams
 from hpt_mega.trajectory import Question
 
 Grade = Callable[[Sequence[str], Sequence[str]], list[Verdict]]  # (responses, gold answers)
 Decode = Callable[[Sequence[int]], str]
+
+
+class Respondent(Protocol):
+    """The half of a RolloutEngine that an evaluation needs."""
+
+    def generate(self, prompts: Sequence[Sequence[int]], sampling: SamplingParams) -> list[list[Sample]]: ...
 
 
 @dataclass(frozen=True)
@@ -28,7 +35,7 @@ class Response:
 
 
 def respond(
-    engine: RolloutEngine,
+    engine: Respondent,
     questions: Sequence[Question],
     sampling: SamplingParams,
     grade: Grade,

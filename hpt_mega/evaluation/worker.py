@@ -10,6 +10,7 @@ import sys
 import time
 import zlib
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,12 +25,12 @@ from hpt_mega.evaluation.config import EvalConfig, load
 from hpt_mega.evaluation.engines import ENGINES, job_config
 from hpt_mega.evaluation.journal import GREEDY, SAMPLED, Graded, Journal
 from hpt_mega.evaluation.results import results
-from hpt_mega.evaluation.sample import Response, respond
+from hpt_mega.evaluation.sample import Respondent, Response, respond
 from hpt_mega.megatron import runtime
 from hpt_mega.megatron.runtime import Layout
 from hpt_mega.rewards.math import Verdict
 from hpt_mega.rewards.pool import RewardPool, extracted
-from hpt_mega.rollout.engine import RolloutEngine, SamplingParams
+from hpt_mega.rollout.engine import SamplingParams
 from hpt_mega.telemetry.metrics import PhaseTimer
 from hpt_mega.telemetry.records import write_atomically
 from hpt_mega.trajectory import Question
@@ -59,7 +60,7 @@ class Evaluator:
 
     cfg: EvalConfig
     layout: Layout
-    engine: RolloutEngine
+    engine: Respondent
     tokenizer: Any
     rewards: RewardPool | None  # on each replica's leader
     journal: Journal | None  # on rank 0
@@ -149,22 +150,20 @@ def evaluate(cfg: EvalConfig, layout: Layout, timer: PhaseTimer) -> None:
     """A whole evaluation, begun or resumed, to its results and tables in run_dir."""
     run_dir = Path(cfg.run_dir)
     started = time.monotonic()
-    with timer.phase("load"):
-        tokenizer = AutoTokenizer.from_pretrained(cfg.model)
-        benchmarks = load_benchmarks(cfg, tokenizer)
-        engine = ENGINES[cfg.engine](cfg, layout)
-    is_writer = layout.rank == 0
-    journal = Journal(run_dir / "responses.jsonl") if is_writer else None
+    journal = Journal(run_dir / "responses.jsonl") if layout.rank == 0 else None
     reward = cfg.reward
-    rewards = None
-    if layout.is_leader:
-        rewards = RewardPool(reward.kind, reward.workers, reward.deadline_s, reward.memory_mib)
-    try:
+    with ExitStack() as stack:
+        with timer.phase("load"):
+            tokenizer = AutoTokenizer.from_pretrained(cfg.model)
+            benchmarks = load_benchmarks(cfg, tokenizer)
+            engine = stack.enter_context(ENGINES[cfg.engine](cfg, layout))
+        rewards = None
+        if layout.is_leader:
+            rewards = stack.enter_context(
+                RewardPool(reward.kind, reward.workers, reward.deadline_s, reward.memory_mib)
+            )
         with timer.phase("evaluate"):
             Evaluator(cfg, layout, engine, tokenizer, rewards, journal).run(benchmarks)
-    finally:
-        if rewards is not None:
-            rewards.close()
     if journal is not None:
         with timer.phase("results"):
             overlap = contamination(cfg, benchmarks)
