@@ -95,9 +95,10 @@ def _row(index: int, draw: random.Random) -> dict[str, Any]:
     }
 
 
-def _watched(command: list[str]) -> tuple[str, int]:
-    """What a command prints, and the most bytes that it and its children had resident at once."""
+def _watched(command: list[str]) -> tuple[str, int, float]:
+    """What a command prints, the most bytes it and its children had resident at once, their CPU seconds."""
     peak = 0
+    cpu: dict[int, float] = {}
     with tempfile.TemporaryFile("w+") as output:
         process = subprocess.Popen(command, stdout=output)
         tree = psutil.Process(process.pid)
@@ -105,11 +106,12 @@ def _watched(command: list[str]) -> tuple[str, int]:
             with contextlib.suppress(psutil.Error):
                 family = [tree, *tree.children(recursive=True)]
                 peak = max(peak, sum(one.memory_info().rss for one in family))
+                cpu |= {one.pid: sum(one.cpu_times()[:2]) for one in family}
             time.sleep(0.2)
         if process.returncode:
             raise SystemExit(process.returncode)
         output.seek(0)
-        return output.read(), peak
+        return output.read(), peak, sum(cpu.values())
 
 
 def main() -> None:
@@ -133,14 +135,14 @@ def main() -> None:
             *("--drop-system", "--tokenizer", str(MODEL), "--out", str(Path(folder) / "out")),
             *(["--benchmarks", *options.benchmarks] if options.benchmarks else []),
         ]
-        printed, peak = _watched(command)
+        printed, peak, cpu = _watched(command)
         printed = printed.replace(folder, "FOLDER")
         size = source.stat().st_size / 2**20
     text = (
         f"# Preparing data\n\n`python bench/prepare_data.py --rows {options.rows}`, {os.cpu_count()} cores, "
         f"{os.cpu_count()} worker processes, parquet of {size:.0f} MiB, tokenizer of SmolLM2-135M.\n\n"
-        f"```\n{printed}```\n\nPeak memory of all processes together: {peak / 2**20:.0f} MiB resident, "
-        "shared pages counted once a process.\n"
+        f"```\n{printed}```\n\n{cpu:.0f} CPU seconds. Peak memory of all processes together: "
+        f"{peak / 2**20:.0f} MiB resident, shared pages counted once a process.\n"
     )
     print(text)
     if options.out:

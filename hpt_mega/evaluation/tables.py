@@ -17,6 +17,7 @@ Result = dict[str, Any]
 Table = tuple[list[str], list[list[str]]]  # head, rows
 
 AVERAGE = "average"
+ALIKE = "one of no width says that all questions scored alike, not that the figure is certain"
 _LATEX = {"%": r"\%", "_": r"\_", "&": r"\&", "#": r"\#", "→": r"$\to$", "±": r"$\pm$"}
 
 
@@ -48,7 +49,8 @@ def html(results: Result, published: str) -> str:
     head = f"<h1>{escape(results['model'])}</h1>"
     body = [head, f'<p class="subtitle">{escape(_settings(results))}</p>']
     for title, note, (names, rows) in _tables(results, published):
-        body.append(section(title, note, numbers(names, rows, total=-1)))
+        total = -1 if rows[-1][0].startswith(("all", "this run")) else None
+        body.append(section(title, note, numbers(names, rows, total=total)))
     prompts = [[name, found["prompt"]] for name, found in results["benchmarks"].items()]
     body.append(
         section("Prompts", "The first question as it is asked.", texts(["benchmark", "prompt"], prompts))
@@ -89,7 +91,7 @@ def _tables(results: Result, published: str) -> list[tuple[str, str, Table]]:
     beside = " beside the rows that arXiv 2509.04419 published" if published in PUBLISHED else ""
     tables = [
         ("Accuracy", f"Percent right{beside}; ours with its {level}.", comparison(results, published)),
-        ("Sampling", f"avg@k and unbiased pass@k, percent, {level}.", _sampling(results)),
+        ("Sampling", f"avg@k and unbiased pass@k, percent, {level}; {ALIKE}.", _sampling(results)),
     ]
     for name, found in results["benchmarks"].items():
         mode = SAMPLED if SAMPLED in found else GREEDY
