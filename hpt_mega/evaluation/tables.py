@@ -64,15 +64,15 @@ def comparison(results: Result, published: str) -> Table:
     theirs = PUBLISHED.get(published, {})
     extra = [name for name in found if name not in TITLES]
     shown = [name for name in TITLES if name in found] + extra
-    has_average = all(name in found for name in IN_DISTRIBUTION) or not any(
-        name in row for row in theirs.values() for name in shown
-    )
+    has_average = all(name in found for name in IN_DISTRIBUTION)  # only then theirs is over the same suites
     head = ["", *(TITLES.get(name, name) for name in shown), *([AVERAGE] if has_average else [])]
     rows = []
     for name, figures in theirs.items():
         known = [figures[c] for c in IN_DISTRIBUTION if c in figures]
         mean = figures.get(AVERAGE, sum(known) / len(known) if known else None)
         cells = [*(figures.get(c) for c in shown), *([mean] if has_average else [])]
+        if not any(cells):
+            continue  # nothing of theirs is comparable
         rows.append([f"{name} (published)", *("" if cell is None else f"{cell:.1f}" for cell in cells)])
     for mode in (GREEDY, SAMPLED):
         if not any(mode in part for part in found.values()):
@@ -80,17 +80,21 @@ def comparison(results: Result, published: str) -> Table:
         estimates = {name: _average(part[mode]) for name, part in found.items() if mode in part}
         cells_ours = [_percent(estimates[name]) if name in estimates else "" for name in shown]
         if has_average:
-            over = [name for name in IN_DISTRIBUTION if name in estimates] or list(estimates)
-            cells_ours.append(f"{100 * sum(estimates[name]['value'] for name in over) / len(over):.1f}")
+            over = [estimates[name]["value"] for name in IN_DISTRIBUTION if name in estimates]
+            cells_ours.append(
+                f"{100 * sum(over) / len(over):.1f}" if len(over) == len(IN_DISTRIBUTION) else ""
+            )
         rows.append([f"this run, {mode}", *cells_ours])
     return head, rows
 
 
 def _tables(results: Result, published: str) -> list[tuple[str, str, Table]]:
     level = f"{100 * results['level']:g} % bootstrap interval over questions"
-    beside = " beside the rows that arXiv 2509.04419 published" if published in PUBLISHED else ""
+    accuracy = comparison(results, published)
+    has_published = any("(published)" in row[0] for row in accuracy[1])
+    beside = " beside the rows that arXiv 2509.04419 published" if has_published else ""
     tables = [
-        ("Accuracy", f"Percent right{beside}; ours with its {level}.", comparison(results, published)),
+        ("Accuracy", f"Percent right{beside}; ours with its {level}.", accuracy),
         ("Sampling", f"avg@k and unbiased pass@k, percent, {level}; {ALIKE}.", _sampling(results)),
     ]
     for name, found in results["benchmarks"].items():

@@ -49,7 +49,22 @@ def test_ours_stand_below_the_published_rows_in_the_column_of_the_benchmark() ->
     assert [row[0] for row in rows][-2:] == ["this run, greedy", "this run, sampled"]
     assert ["HPT (published)", "89.2"] in rows
     assert rows[-1][1].startswith("33.3 ± ")
-    assert comparison(found("mine"), "")[0] == ["", "mine", "average"]
+
+
+def test_a_benchmark_without_published_figures_stands_alone() -> None:
+    head, rows = comparison(found("mine"), "qwen2_5_math_7b")
+    assert head == ["", "mine"]
+    assert [row[0] for row in rows] == ["this run, greedy", "this run, sampled"]
+    assert "arXiv" not in markdown(found("mine"), "qwen2_5_math_7b")
+
+
+def test_an_average_is_shown_where_all_six_suites_were_asked() -> None:
+    whole = found()
+    part = whole["benchmarks"]["MATH-500"]
+    whole["benchmarks"] = {name: part for name in IN_DISTRIBUTION}
+    head, rows = comparison(whole, "llama3_1_8b")
+    assert head[-1] == "average" and rows[-1][-1] == "33.3"
+    assert rows[4][0] == "HPT (published)" and rows[4][-1] == "18.2"
 
 
 def test_the_pages_escape_what_they_show() -> None:
