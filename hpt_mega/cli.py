@@ -16,6 +16,7 @@ from typing import Any
 
 from hpt_mega.checkpoint.command import add_directions
 from hpt_mega.config import ConfigError, compose
+from hpt_mega.evaluation.command import configure as configure_eval
 from hpt_mega.planning.command import configure as configure_plan
 from hpt_mega.rewards.command import add_grade_options
 
@@ -83,6 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add_directions(convert)
 
+    configure_eval(verbs.add_parser("eval", help="accuracy of a model on benchmarks"))
     configure_plan(verbs.add_parser("plan", help="which layout fits a model on GPUs, and how fast it is"))
 
     grade = verbs.add_parser(

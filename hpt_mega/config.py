@@ -30,6 +30,8 @@ class ConfigError(ValueError):
 @dataclass
 class ModelConfig:
     path: str = "models/smollm2-135m-instruct"  # a Hugging Face folder: config, safetensors, tokenizer
+    rope_theta: float = 0.0  # in place of the folder's; 0: as it is. LUFFY trains Qwen2.5-Math with 40000
+    max_positions: int = 0  # likewise; LUFFY: 16384
 
 
 @dataclass
@@ -73,10 +75,46 @@ class TaskConfig:
 
 
 @dataclass
+class ColumnsConfig:
+    """Which column of the data holds what; a dot reaches into a nested one: reward_model.ground_truth.
+
+    A text may also be a list of chat messages {role, content}. Columns of the default names may be absent,
+    except prompt's; one that is named here must be in every row.
+    """
+
+    prompt: str = "prompt"
+    answer: str = "answer"
+    demonstration: str = "demonstration"  # the preferred response of a pair
+    rejected: str = "rejected"
+    task: str = "task"
+    choices: str = ""  # of a multiple-choice question: a list of texts, or {text: [...], label: [...]}
+    incorrect: list[str] = field(default_factory=list)  # columns of wrong choices, mixed with the answer
+
+
+@dataclass
+class SourceConfig:
+    """One file of a mixture."""
+
+    file: str
+    weight: float = 1.0  # how often it is drawn from, in proportion; its epochs are its own
+    questions: int = 1000
+    columns: ColumnsConfig = field(default_factory=ColumnsConfig)
+
+
+@dataclass
 class DataConfig:
     tasks: list[TaskConfig] = field(default_factory=list)
-    train_file: str = ""  # JSON lines with prompt, answer, demonstration, rejected; in place of the tasks
+    train_file: str = ""  # .jsonl, .json, .parquet, hf:OWNER/NAME or a folder of tools/prepare_data.py
     heldout_file: str = ""
+    columns: ColumnsConfig = field(default_factory=ColumnsConfig)  # of the training file
+    heldout_columns: ColumnsConfig = field(default_factory=ColumnsConfig)
+    mixture: list[SourceConfig] = field(
+        default_factory=list
+    )  # several training files, in place of train_file
+    keep_solved: float = 1.0  # share of its draws at which a question whose rollouts were all right is asked
+    reader: str = "torch"  # torch | dali: how the tokens of prepared folders are read
+    keep_system: bool = True  # whether a file's own system messages are used
+    template: str = "chat"  # the tokenizer's, or qwen_math, llama_base, plain
     train_questions: int = 2000
     heldout_questions: int = 192
     max_prompt_tokens: int = 256
@@ -87,9 +125,10 @@ class DataConfig:
 
 @dataclass
 class RewardConfig:
-    kind: str = "math"
+    kind: str = "math"  # math | choice | exact | format, or the dotted path of a function
     workers: int = 1
     deadline_s: float = 5.0
+    memory_mib: int = 1024  # of a worker's address space
 
 
 @dataclass
@@ -116,6 +155,15 @@ class RolloutConfig:
     max_sequences: int = 128  # decoded together
     staleness: int = 0  # optimizer steps that samples may lag behind; above 0 servers work during training
     server: ServerConfig = field(default_factory=ServerConfig)
+
+
+@dataclass
+class EvaluationConfig:
+    """How held-out questions are asked in training; the authors take 8 samples at 0.6 and top-p 0.95."""
+
+    samples: int = 1
+    temperature: float = 0.0  # 0: greedy
+    top_p: float = 1.0
 
 
 @dataclass
@@ -162,6 +210,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     critic: CriticConfig = field(default_factory=CriticConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
@@ -269,16 +318,16 @@ def _type_at(key: str) -> Any:
             raise ConfigError(f"unknown key {key}: nothing lies below {key.rpartition('.')[0]}")
         hints = get_type_hints(node)
         if part not in hints:
-            near = _nearest(key, list(_leaves(Config)))
+            near = _nearest(key, list(leaves(Config)))
             raise ConfigError(f"unknown key {key}{near or '; hpt_mega/config.py lists them all'}")
         node = hints[part]
     return node
 
 
-def _leaves(node: Any, prefix: str = "") -> Iterator[str]:
+def leaves(node: Any, prefix: str = "") -> Iterator[str]:
     for name, hint in get_type_hints(node).items():
         if is_dataclass(hint):
-            yield from _leaves(hint, f"{prefix}{name}.")
+            yield from leaves(hint, f"{prefix}{name}.")
         else:
             yield prefix + name
 

@@ -1,6 +1,6 @@
 """Starts the processes of a run on this machine by torchrun, and turns their failures into one report.
 
-What a process does is in worker.py. Run as `python -m hpt_mega.launch CONFIG` by torchrun, once per rank.
+What a process does is in worker.py. By torchrun: `python -m hpt_mega.launch CONFIG WORKER`.
 """
 
 from __future__ import annotations
@@ -37,27 +37,32 @@ def launch(cfg: Config) -> int:
     config_path = run_dir / "config.yaml"
     if "RANK" in os.environ:
         save(cfg, config_path)
-        return _run_worker(config_path)
+        return run_worker(config_path, WORKER)
     if cfg.resume == "never":
         _set_aside_finished_run(run_dir)
     save(cfg, config_path)
-    logs = run_dir / "logs"
+    return start_processes(cfg.parallel.world_size, config_path, WORKER)
+
+
+def start_processes(world_size: int, config_path: Path, worker: str) -> int:
+    """Run the module `worker` in world_size processes here; returns the exit code as launch does."""
+    logs = config_path.parent / "logs"
     logs.mkdir(exist_ok=True)
     for stale in [*logs.glob("*.log"), *logs.glob("failure_rank*.json")]:
         stale.unlink()
-    command = torchrun_command(cfg.parallel.world_size, config_path)
-    code = _supervise(command, _environment(cfg.parallel.world_size), logs / "torchrun.log")
+    command = torchrun_command(world_size, config_path, worker)
+    code = _supervise(command, _environment(world_size), logs / "torchrun.log")
     if 0 < code < 128:
         print(failure_report(logs), file=sys.stderr)
     return code
 
 
-def torchrun_command(world_size: int, config_path: Path) -> list[str]:
+def torchrun_command(world_size: int, config_path: Path, worker: str = WORKER) -> list[str]:
     """torchrun on this machine alone, over the loopback interface, without restarts."""
     return [
         sys.executable,
         *("-m", "torch.distributed.run", "--standalone", "--nnodes=1", f"--nproc-per-node={world_size}"),
-        *("--local-addr=127.0.0.1", "--max-restarts=0", "-m", "hpt_mega.launch", str(config_path)),
+        *("--local-addr=127.0.0.1", "--max-restarts=0", "-m", "hpt_mega.launch", str(config_path), worker),
     ]
 
 
@@ -168,7 +173,7 @@ def _tail(log: Path) -> str:
     return "\n".join(f"  | {line}" for line in lines[-LOG_LINES:]) or "  | (empty)"
 
 
-def _run_rank(config_path: Path) -> int:
+def _run_rank(config_path: Path, worker: str) -> int:
     """One rank under torchrun: dies with it, and keeps its log apart from the others'."""
     die_with_parent()
     rank = int(os.environ["RANK"])
@@ -176,18 +181,18 @@ def _run_rank(config_path: Path) -> int:
         os.dup2(log.fileno(), sys.stderr.fileno())
         if rank != 0:
             os.dup2(log.fileno(), sys.stdout.fileno())
-    return _run_worker(config_path)
+    return run_worker(config_path, worker)
 
 
-def _run_worker(config_path: Path) -> int:
+def run_worker(config_path: Path, worker: str) -> int:
     """Run the worker's module as the main one, as `python -m` would; returns its exit code."""
     sys.argv[1:] = [str(config_path)]
     try:
-        runpy.run_module(WORKER, run_name="__main__", alter_sys=True)
+        runpy.run_module(worker, run_name="__main__", alter_sys=True)
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else int(end.code is not None)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(_run_rank(Path(sys.argv[1])))
+    sys.exit(_run_rank(Path(sys.argv[1]), sys.argv[2]))

@@ -13,10 +13,11 @@ from typing import Any
 from hpt_mega.checkpoint.store import CheckpointStore
 from hpt_mega.config import Config
 from hpt_mega.data.loader import QuestionLoader
-from hpt_mega.evaluation.heldout import Accuracy, evaluate, overall
+from hpt_mega.evaluation.heldout import NONE, Accuracy, evaluate, overall
 from hpt_mega.megatron.learner import Learner
 from hpt_mega.megatron.runtime import Layout
 from hpt_mega.megatron.step import Metrics
+from hpt_mega.rewards.math import Verdict
 from hpt_mega.rewards.pool import RewardPool
 from hpt_mega.rollout.engine import Collect, EngineError, RolloutEngine, Sample, SamplingParams
 from hpt_mega.scheduler.blend import Schedule, schedule
@@ -61,6 +62,7 @@ class Trainer:
         """One step of HPT (arXiv 2509.04419, algorithm 1); returns its metrics."""
         questions, rollouts = self.rollouts()
         rewarded = self.reward(questions, rollouts)
+        self.observe(rewarded)
         plan = schedule(
             rewarded,
             questions,
@@ -117,7 +119,7 @@ class Trainer:
         ]
         texts = [self.decode(sample.tokens) for samples in rollouts for sample in samples]
         with self.timer.phase("reward"):
-            rewards = iter(self._score(texts, answers))
+            rewards = iter(verdict.reward for verdict in self._grade(texts, answers))
         first_group = self.layout.dp_rank * len(questions)
         rewarded = [
             [
@@ -137,27 +139,36 @@ class Trainer:
         self.log.samples(self.step + 1, questions, texts, [t.reward for group in rewarded for t in group])
         return rewarded
 
+    def observe(self, rewarded: Sequence[Sequence[Trajectory]]) -> None:
+        """Tell a curriculum how often the step's questions were solved, on all replicas."""
+        if self.loader.has_curriculum:
+            rates = [sum(t.reward for t in group) / len(group) if group else 0.0 for group in rewarded]
+            parts = self.layout.gather_over_data(rates)
+            self.loader.observe([rate for part in parts for rate in part])
+
     def learn(self, trajectories: Sequence[Trajectory]) -> Metrics:
         """The optimizer's updates on the unified objective, over all replicas' trajectories."""
         with self.timer.phase("train"):
             return self.learner.learn(trajectories, self.step)
 
     def evaluate(self) -> dict[str, float]:
-        """Greedy held-out accuracy, split over the replicas."""
+        """Held-out accuracy, split over the replicas; the draws are the same at every step."""
         mine = self.heldout[self.layout.dp_rank :: self.layout.dp_size]
+        asked = self.cfg.evaluation
+        sampling = SamplingParams(
+            n=asked.samples,
+            max_new_tokens=self.cfg.rollout.max_new_tokens,
+            temperature=asked.temperature,
+            top_p=asked.top_p,
+            stop_tokens=(self.tokenizer.eos_token_id,),
+            seed=self.cfg.seed + self.layout.dp_rank,
+        )
         with self.timer.phase("eval"):
-            local = evaluate(
-                self.engine,
-                mine,
-                self._score,
-                self.decode,
-                self.cfg.rollout.max_new_tokens,
-                (self.tokenizer.eos_token_id,),
-            )
+            local = evaluate(self.engine, mine, sampling, self._grade, self.decode)
             by_task: dict[str, Accuracy] = {}
             for part in self.layout.gather_over_data(local):
                 for task, accuracy in part.items():
-                    by_task[task] = by_task.get(task, Accuracy(0, 0)) + accuracy
+                    by_task[task] = by_task.get(task, NONE) + accuracy
         total = overall(by_task)
         return {
             "eval/accuracy": total.value,
@@ -167,20 +178,21 @@ class Trainer:
 
     def save(self) -> None:
         with self.timer.phase("checkpoint"), self.store.writing(self.step) as folder:
-            self.learner.save(folder, {"step": self.step})
+            self.learner.save(folder, {"step": self.step, "loader": self.loader.state()})
 
     def resume(self, step: int) -> None:
         common = self.learner.load(self.store.path(step))
         self.step = common["step"]
+        self.loader.restore(common.get("loader", {}))
         self.engine.update_weights(policy_version=self.step)
         self.timer.take()  # start-up is no part of the next step
 
     def decode(self, tokens: Sequence[int]) -> str:
         return str(self.tokenizer.decode(tokens, skip_special_tokens=True))
 
-    def _score(self, texts: Sequence[str], answers: Sequence[str]) -> list[float]:
-        """Rewards from the replica's leader, known to all its ranks."""
-        return self.layout.broadcast_object(self.rewards.score(texts, answers) if self.rewards else None)
+    def _grade(self, texts: Sequence[str], answers: Sequence[str]) -> list[Verdict]:
+        """Verdicts from the replica's leader, known to all its ranks."""
+        return self.layout.broadcast_object(self.rewards.verdicts(texts, answers) if self.rewards else None)
 
     def _is_due(self, every: int) -> bool:
         """Whether something done `every` steps (0: never) is due; the last step is always due."""

@@ -18,8 +18,13 @@ import torch
 
 from hpt_mega.config import Config, ConfigError
 from hpt_mega.data.demonstrations import WRITERS
+from hpt_mega.data.files import HUB, is_data
+from hpt_mega.data.readers import READERS
+from hpt_mega.data.store import is_prepared
+from hpt_mega.data.templates import TEMPLATES
 from hpt_mega.objective import Row, algorithm
-from hpt_mega.rewards.pool import KINDS
+from hpt_mega.rewards.function import load_function
+from hpt_mega.rewards.pool import KINDS, is_kind
 from hpt_mega.scheduler import gate
 
 ENGINES = ("megatron", "vllm")
@@ -81,6 +86,7 @@ def _numbers(cfg: Config) -> Problems:
     above_zero = (
         "parallel.tp parallel.pp parallel.dp data.train_questions data.heldout_questions "
         "data.max_prompt_tokens data.max_demonstration_tokens reward.workers reward.deadline_s "
+        "reward.memory_mib evaluation.samples evaluation.top_p "
         "rollout.max_new_tokens rollout.max_sequences rollout.top_p rollout.server.tp "
         "rollout.server.kv_cache_gib rollout.server.gpu_memory_share rollout.server.bucket_mib "
         "rollout.server.start_deadline_s rollout.server.request_deadline_s "
@@ -90,6 +96,7 @@ def _numbers(cfg: Config) -> Problems:
     )
     at_least_zero = (
         "rollout.rollouts_per_question rollout.temperature rollout.server.probe_bound rollout.staleness "
+        "evaluation.temperature "
         "optimizer.warmup_steps optimizer.weight_decay "
         "optimizer.clip_grad optimizer.beta1 optimizer.beta2 optimizer.min_lr_ratio trainer.eval_every "
         "trainer.save_every"
@@ -100,7 +107,7 @@ def _numbers(cfg: Config) -> Problems:
     for key in at_least_zero.split():
         if not (value := attrgetter(key)(cfg)) >= 0:
             yield f"{key} is {value}, expected 0 or above"
-    for key in ("rollout.top_p", "optimizer.min_lr_ratio"):
+    for key in ("rollout.top_p", "evaluation.top_p", "optimizer.min_lr_ratio"):
         if (value := attrgetter(key)(cfg)) > 1:
             yield f"{key} is {value}, expected at most 1"
     for key in ("optimizer.beta1", "optimizer.beta2"):
@@ -112,23 +119,60 @@ def _names(cfg: Config) -> Problems:
     for key, value, known in (
         ("precision.dtype", cfg.precision.dtype, PRECISIONS),
         ("rollout.engine", cfg.rollout.engine, ENGINES),
-        ("reward.kind", cfg.reward.kind, KINDS),
+        ("data.template", cfg.data.template, TEMPLATES),
+        ("data.reader", cfg.data.reader, READERS),
         ("optimizer.schedule", cfg.optimizer.schedule, SCHEDULES),
         ("resume", cfg.resume, RESUME),
     ):
         if value not in known:
             yield f"{key} is {value!r}, expected {' or '.join(known)}"
+    yield from _reward(cfg.reward.kind)
+    yield from _data(cfg)
+
+
+def _reward(kind: str) -> Problems:
+    if kind in KINDS:
+        return
+    if not is_kind(kind):
+        yield f"reward.kind is {kind!r}, expected {' or '.join(KINDS)}, or the dotted path of a function"
+        return
+    try:
+        load_function(kind)
+    except ValueError as error:
+        yield f"reward.kind={error}"
+
+
+def _data(cfg: Config) -> Problems:
     files = {"data.train_file": cfg.data.train_file, "data.heldout_file": cfg.data.heldout_file}
+    files |= {f"data.mixture.{i}.file": part.file for i, part in enumerate(cfg.data.mixture)}
     for key, file in files.items():
-        if file and not Path(file).is_file():
-            yield f"{key}={file}: no such file (looked for {Path(file).absolute()})"
-    if not cfg.data.tasks and not all(files.values()):
+        if file and not is_prepared(file):
+            yield from _file(key, file)
+    if cfg.data.mixture and cfg.data.train_file:
+        yield "data.train_file and data.mixture are both given; put the file into the mixture"
+    if not 0 < cfg.data.keep_solved <= 1:
+        yield f"data.keep_solved is {cfg.data.keep_solved}, expected above 0 and at most 1"
+    has_training = cfg.data.train_file or cfg.data.mixture
+    if not cfg.data.tasks and not (has_training and cfg.data.heldout_file):
         yield "data.tasks is empty; name a task, or choose a group such as data=demo"
     for index, task in enumerate(cfg.data.tasks):
         if task.name not in WRITERS:
             yield f"data.tasks.{index}.name is {task.name!r}, expected one of {', '.join(WRITERS)}"
-        if not task.weight > 0:
-            yield f"data.tasks.{index}.weight is {task.weight}, expected above 0"
+    weights = {f"data.tasks.{i}.weight": task.weight for i, task in enumerate(cfg.data.tasks)}
+    weights |= {f"data.mixture.{i}.weight": part.weight for i, part in enumerate(cfg.data.mixture)}
+    for key, weight in weights.items():
+        if not weight > 0:
+            yield f"{key} is {weight}, expected above 0"
+
+
+def _file(key: str, file: str) -> Problems:
+    if not is_data(file):
+        yield (
+            f"{key}={file}: expected a file .jsonl, .json or .parquet, {HUB}OWNER/NAME, or a folder of "
+            "tools/prepare_data.py"
+        )
+    elif not file.startswith(HUB) and not Path(file).is_file():
+        yield f"{key}={file}: no such file (looked for {Path(file).absolute()})"
 
 
 def _layout(cfg: Config, shape: Mapping[str, Any]) -> Problems:
@@ -180,15 +224,16 @@ def _batch(cfg: Config) -> Problems:
             f"trainer.updates_per_step is {updates} and a replica has {questions // dp} questions a step; an "
             "update needs at least one: lower updates_per_step or raise trainer.questions_per_step"
         )
-    if questions > cfg.data.train_questions:
+    available = sum(part.questions for part in cfg.data.mixture) or cfg.data.train_questions
+    if questions > available:
         yield (
-            f"trainer.questions_per_step is {questions} and data.train_questions {cfg.data.train_questions}; "
+            f"trainer.questions_per_step is {questions} and data.train_questions {available}; "
             "a step cannot ask more than there are"
         )
 
 
 def _lengths(cfg: Config, shape: Mapping[str, Any]) -> Problems:
-    positions = shape.get("max_position_embeddings")
+    positions = cfg.model.max_positions or shape.get("max_position_embeddings")
     response = max(cfg.rollout.max_new_tokens, cfg.data.max_demonstration_tokens)
     longest = cfg.data.max_prompt_tokens + response
     if positions and longest > positions:

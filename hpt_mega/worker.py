@@ -12,13 +12,14 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 warnings.filterwarnings("ignore", message=".*(Apex|Transformer Engine).*not installed.*")
 
 import torch  # noqa: E402
 from transformers import AutoTokenizer  # noqa: E402
 
-from hpt_mega.checkpoint.hf import HFCheckpoint  # noqa: E402
+from hpt_mega.checkpoint.hf import HFCheckpoint, with_context  # noqa: E402
 from hpt_mega.checkpoint.store import CheckpointStore  # noqa: E402
 from hpt_mega.checkpoint.weights import export_hf, load_hf  # noqa: E402
 from hpt_mega.config import Config, load  # noqa: E402
@@ -55,7 +56,7 @@ def main(config_path: str) -> int:
     try:
         train(cfg, layout, timer)
     except BaseException as error:
-        _report_failure(Path(cfg.run_dir), layout, timer, error)
+        report_failure(Path(cfg.run_dir), layout, timer, error)
         raise
     runtime.shutdown()
     return 0
@@ -88,14 +89,16 @@ def build_trainer(
     """Every part of the training step, from the config."""
     checkpoint = HFCheckpoint(Path(cfg.model.path))
     family = family_for(checkpoint.config)
-    shape = family.read_shape(checkpoint.config)
+    shape = family.read_shape(with_context(checkpoint.config, **_context(cfg)))
     dtype = DTYPES[cfg.precision.dtype]
     model = build_model(shape, cfg.parallel, layout, dtype)
     load_hf(model, checkpoint, family, shape, layout)
     tokenizer = AutoTokenizer.from_pretrained(cfg.model.path)
     questions = load_questions(cfg.data, tokenizer)
     rewards = (
-        RewardPool(cfg.reward.kind, cfg.reward.workers, cfg.reward.deadline_s) if layout.is_leader else None
+        RewardPool(cfg.reward.kind, cfg.reward.workers, cfg.reward.deadline_s, cfg.reward.memory_mib)
+        if layout.is_leader
+        else None
     )
     learner = build_learner(cfg, layout, model, shape)
     return Trainer(
@@ -105,7 +108,15 @@ def build_trainer(
         engine=build_engine(cfg, layout, learner, family, shape, questions.train),
         gate=gate(cfg.gate.name, **cfg.gate.options),
         loader=QuestionLoader(
-            questions.train, cfg.trainer.questions_per_step, layout.dp_rank, layout.dp_size, cfg.seed
+            questions.train,
+            cfg.trainer.questions_per_step,
+            layout.dp_rank,
+            layout.dp_size,
+            cfg.seed,
+            sizes=questions.sizes,
+            weights=questions.weights,
+            keep_solved=cfg.data.keep_solved,
+            reader=cfg.data.reader,
         ),
         heldout=questions.heldout,
         rewards=rewards,
@@ -207,10 +218,15 @@ def export(cfg: Config, layout: Layout, trainer: Trainer) -> None:
         Path(cfg.run_dir) / "hf",
         source,
         layout,
+        **_context(cfg),
     )
 
 
-def _report_failure(run_dir: Path, layout: Layout, timer: PhaseTimer, error: BaseException) -> None:
+def _context(cfg: Config) -> dict[str, Any]:
+    return {"rope_theta": cfg.model.rope_theta, "max_positions": cfg.model.max_positions}
+
+
+def report_failure(run_dir: Path, layout: Layout, timer: PhaseTimer, error: BaseException) -> None:
     """Leave a file that launch.py merges into one report: which rank failed, when, in which phase."""
     logs = run_dir / "logs"
     logs.mkdir(parents=True, exist_ok=True)

@@ -217,6 +217,21 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+def with_context(
+    config: Mapping[str, Any], rope_theta: float = 0.0, max_positions: int = 0
+) -> dict[str, Any]:
+    """The config with another rotary base and number of positions, where they are not 0."""
+    changed = dict(config)
+    if rope_theta:
+        changed["rope_theta"] = rope_theta
+        for key in ("rope_parameters", "rope_scaling"):
+            if isinstance(changed.get(key), Mapping):
+                changed[key] = {**changed[key], "rope_theta": rope_theta}
+    if max_positions:
+        changed["max_position_embeddings"] = max_positions
+    return changed
+
+
 def config_dtype(config: Mapping[str, Any]) -> torch.dtype:
     """The dtype a config.json names (`torch_dtype` before transformers 5); bf16 where it names none."""
     name = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
@@ -239,16 +254,18 @@ def writing_folder(out: Path) -> Iterator[Path]:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def copy_companions(source: Path, out: Path, dtype: torch.dtype) -> None:
+def copy_companions(source: Path, out: Path, dtype: torch.dtype, **context: Any) -> None:
     """Bring along all that is not weights: config.json, tokenizer, generation config, chat template.
 
-    config.json changes only where the weights are of another dtype than it says, or no longer quantised.
+    config.json changes only where the weights are of another dtype than it says, or no longer quantised, and
+    by `context`, as in with_context.
     """
     for path in source.iterdir():
         if path.is_file() and path.suffix in _COMPANIONS and path.name != INDEX:
             shutil.copy2(path, out / path.name)
-    config = read_config(source)
-    if config_dtype(config) is dtype and "quantization_config" not in config:
+    given = read_config(source)
+    config = with_context(given, **context)
+    if config_dtype(config) is dtype and "quantization_config" not in config and config == given:
         return
     for key in ("torch_dtype", "quantization_config"):
         config.pop(key, None)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -65,13 +66,19 @@ def fill(
 
 
 def export_hf(
-    chunks: Sequence[PolicyModel], family: Family, shape: ModelShape, out: Path, source: Path, layout: Layout
+    chunks: Sequence[PolicyModel],
+    family: Family,
+    shape: ModelShape,
+    out: Path,
+    source: Path,
+    layout: Layout,
+    **context: Any,
 ) -> None:
     """Write the model as a Hugging Face folder. Every rank of the job calls it, the first one writes.
 
     `chunks` are the rank's part of the model: one, or as many as its pipeline stage is interleaved. `source`
-    is the folder that config, tokenizer and chat template are taken from. `out` appears, or is replaced, only
-    when complete.
+    is the folder that config, tokenizer and chat template are taken from; `context` changes the config as in
+    hf.with_context. `out` appears, or is replaced, only when complete.
     """
     collector = _Collector(chunks, family, shape, layout)
     if not collector.takes_part:
@@ -85,7 +92,7 @@ def export_hf(
             for name, tensor in zip(entry.hf, collector.whole_tensors(entry), strict=True):
                 writer.write(name, tensor)
         writer.finish()
-        copy_companions(source, folder, collector.dtype)
+        copy_companions(source, folder, collector.dtype, **context)
 
 
 def own_entries(model: PolicyModel, family: Family, shape: ModelShape) -> list[tuple[Entry, Tensor]]:

@@ -6,17 +6,23 @@ How a demonstration is worked out is in demonstrations.py, in which order questi
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
+import numpy as np
 import reasoning_gym
 from transformers import PreTrainedTokenizerBase
 
-from hpt_mega.config import DataConfig, TaskConfig
+from hpt_mega.config import ColumnsConfig, DataConfig, TaskConfig
 from hpt_mega.data.demonstrations import WRITERS, demonstration
-from hpt_mega.data.files import read_records
+from hpt_mega.data.files import Message, read_records
+from hpt_mega.data.order import shares
+from hpt_mega.data.store import StoredQuestions, fingerprint, is_prepared
+from hpt_mega.data.templates import check, render
 from hpt_mega.trajectory import Question
 
 DRAWS_PER_QUESTION = 30  # entries drawn at most for each question wanted, before a task counts as exhausted
@@ -26,8 +32,33 @@ DRAWS_PER_QUESTION = 30  # entries drawn at most for each question wanted, befor
 class QuestionSet:
     """Train and held-out questions; no text is in both, none is twice in either."""
 
-    train: list[Question]
-    heldout: list[Question]
+    train: Sequence[Question]
+    heldout: Sequence[Question]
+    sizes: Sequence[int] = ()  # of the parts of a mixture, which follow each other in train
+    weights: Sequence[float] | None = None
+
+
+class Joined(Sequence[Question]):
+    """Several sequences as one."""
+
+    def __init__(self, parts: Sequence[Sequence[Question]]) -> None:
+        self.parts = parts
+        self._ends = [*accumulate(map(len, parts))]
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    @overload
+    def __getitem__(self, index: int) -> Question: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Question]: ...
+    def __getitem__(self, index: int | slice) -> Question | list[Question]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not 0 <= index < len(self):
+            raise IndexError(f"question {index} of {len(self)}")
+        part = bisect_right(self._ends, index)
+        return self.parts[part][index - self._ends[part] + len(self.parts[part])]
 
 
 def load_questions(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> QuestionSet:
@@ -38,28 +69,32 @@ def load_questions(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Qu
     more than half of a task's prompts are too long.
     """
     _check(config, tokenizer)
-    train, heldout = _generate(config, tokenizer)
+    generated_train, generated_heldout = _generate(config, tokenizer)
+    train: Sequence[Question] = generated_train
+    heldout: Sequence[Question] = generated_heldout
     if config.train_file:
-        train = _read(Path(config.train_file), config.train_questions, config, tokenizer)
+        train = _read(config.train_file, config.columns, config.train_questions, config, tokenizer)
+    parts = [_read(part.file, part.columns, part.questions, config, tokenizer) for part in config.mixture]
     if config.heldout_file:
-        heldout = _read(Path(config.heldout_file), config.heldout_questions, config, tokenizer)
+        columns, wanted = config.heldout_columns, config.heldout_questions
+        heldout = _read(config.heldout_file, columns, wanted, config, tokenizer)
     # Mixed once here, so that any prefix of the held-out set is a fair sample of the mixture.
-    random.Random(config.seed).shuffle(heldout)
-    random.Random(config.seed + 1).shuffle(train)
-    overlap = {normalised(question.prompt) for question in train} & {
-        normalised(question.prompt) for question in heldout
-    }
-    if overlap:
+    heldout = _mixed(heldout, config.seed)
+    train = Joined(parts) if parts else _mixed(train, config.seed + 1)
+    if overlap := _texts(train) & _texts(heldout):
         raise ValueError(f"{len(overlap)} questions are in train and held-out, for instance {min(overlap)!r}")
-    return QuestionSet(train, heldout)
+    weights = [part.weight for part in config.mixture]
+    return QuestionSet(train, heldout, [len(part) for part in parts], weights or None)
 
 
 def _generate(
     config: DataConfig, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[Question], list[Question]]:
     """(train, held-out) questions of the tasks; none of a part that a file supplies."""
-    train_share = _shares(0 if config.train_file else config.train_questions, config.tasks)
-    heldout_share = _shares(0 if config.heldout_file else config.heldout_questions, config.tasks)
+    weights = [task.weight for task in config.tasks]
+    has_files = bool(config.train_file or config.mixture)
+    train_share = shares(0 if has_files else config.train_questions, weights)
+    heldout_share = shares(0 if config.heldout_file else config.heldout_questions, weights)
     train: list[Question] = []
     heldout: list[Question] = []
     seen: set[str] = set()
@@ -71,25 +106,72 @@ def _generate(
     return train, heldout
 
 
-def _read(path: Path, wanted: int, config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> list[Question]:
-    """The first `wanted` distinct questions of a file whose prompts are short enough."""
+def _mixed(questions: Sequence[Question], seed: int) -> Sequence[Question]:
+    order = list(range(len(questions)))
+    random.Random(seed).shuffle(order)
+    if isinstance(questions, StoredQuestions):
+        return questions.choose(np.array(order))
+    return [questions[i] for i in order]
+
+
+def _texts(questions: Sequence[Question]) -> set[str]:
+    if isinstance(questions, Joined):
+        return {text for part in questions.parts for text in _texts(part)}
+    prompts = (
+        questions.prompts if isinstance(questions, StoredQuestions) else [one.prompt for one in questions]
+    )
+    return {normalised(prompt) for prompt in prompts}
+
+
+def _stored(
+    folder: Path, wanted: int, config: DataConfig, tokenizer: PreTrainedTokenizerBase
+) -> StoredQuestions:
+    """The first `wanted` questions of a prepared folder whose prompts and responses are short enough."""
+    stored = StoredQuestions(folder)
+    marks = fingerprint(tokenizer, config.template, config.instruction, config.keep_system)
+    if stored.manifest["fingerprint"] != marks:
+        raise ValueError(
+            f"{folder} was prepared with another tokenizer, template, instruction or keep_system than the "
+            f"run's (template {stored.manifest['template']!r}, instruction "
+            f"{stored.manifest['instruction']!r}); prepare it again with tools/prepare_data.py"
+        )
+    response = config.max_demonstration_tokens
+    fits = (stored.lengths <= (config.max_prompt_tokens, response, response)).all(axis=1)
+    if not fits.all():
+        limits = f"{config.max_prompt_tokens} and {response}"
+        print(f"data: {folder}: dropped {(~fits).sum()} questions above {limits} tokens")
+    chosen = stored.choose(np.flatnonzero(fits)[:wanted])
+    if len(chosen) < wanted:
+        raise ValueError(f"{folder} has {len(chosen)} usable questions, {wanted} are wanted; lower the wish")
+    return chosen
+
+
+def _read(
+    source: str, columns: ColumnsConfig, wanted: int, config: DataConfig, tokenizer: PreTrainedTokenizerBase
+) -> Sequence[Question]:
+    """The first `wanted` distinct questions of a file or dataset whose prompts are short enough."""
+    if is_prepared(source):
+        return _stored(Path(source), wanted, config, tokenizer)
     questions: dict[str, Question] = {}
     long_prompts = 0
-    for number, record in enumerate(read_records(path)):
+    stem = Path(source).stem
+    for number, record in enumerate(read_records(source, columns)):
         if len(questions) == wanted:
             break
-        task = record.task or path.stem
-        texts = _Texts(record.prompt.strip(), record.answer, record.demonstration, record.rejected)
-        question = _question(f"{path.stem}-{number}", task, texts, config, tokenizer)
+        earlier = [message for message in record.earlier if config.keep_system or message[0] != "system"]
+        texts = _Texts(
+            record.prompt.strip(), record.answer, record.demonstration, record.rejected, tuple(earlier)
+        )
+        question = _question(f"{stem}-{number}", record.task or stem, texts, config, tokenizer)
         if len(question.prompt_tokens) > config.max_prompt_tokens:
             long_prompts += 1
         else:
             questions.setdefault(normalised(question.prompt), question)
     if long_prompts:
-        print(f"data: {path}: dropped {long_prompts} prompts above {config.max_prompt_tokens} tokens")
+        print(f"data: {source}: dropped {long_prompts} prompts above {config.max_prompt_tokens} tokens")
     if len(questions) < wanted:
         raise ValueError(
-            f"{path} has {len(questions)} distinct usable questions, {wanted} are wanted; lower "
+            f"{source} has {len(questions)} distinct usable questions, {wanted} are wanted; lower "
             "data.train_questions or data.heldout_questions"
         )
     return list(questions.values())
@@ -101,7 +183,7 @@ def normalised(text: str) -> str:
 
 
 def _check(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-    if not config.tasks and not (config.train_file and config.heldout_file):
+    if not config.tasks and not ((config.train_file or config.mixture) and config.heldout_file):
         raise ValueError("data.tasks is empty; name at least one task, or choose a group such as data=demo")
     for task in config.tasks:
         if not task.weight > 0:
@@ -113,23 +195,7 @@ def _check(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> None:
         if task.name not in WRITERS:
             known = ", ".join(sorted(WRITERS))
             raise ValueError(f"data.tasks: no demonstrations are known for {task.name!r}; known are {known}")
-    if not tokenizer.chat_template:
-        raise ValueError(
-            f"the tokenizer {tokenizer.name_or_path!r} has no chat template; use an instruct model"
-        )
-    if tokenizer.eos_token_id is None:
-        raise ValueError(f"the tokenizer {tokenizer.name_or_path!r} has no eos token, which ends a response")
-
-
-def _shares(total: int, tasks: list[TaskConfig]) -> list[int]:
-    """total divided in proportion to the weights, by largest remainders."""
-    weights = sum(task.weight for task in tasks)
-    exact = [total * task.weight / weights for task in tasks]
-    shares = [int(value) for value in exact]
-    by_remainder = sorted(range(len(tasks)), key=lambda i: shares[i] - exact[i])
-    for i in by_remainder[: total - sum(shares)]:
-        shares[i] += 1
-    return shares
+    check(config.template, tokenizer)
 
 
 def _draw(
@@ -194,16 +260,18 @@ class _Texts:
     answer: str
     demonstration: str
     rejected: str = ""
+    earlier: tuple[Message, ...] = ()  # in the conversation
 
 
 def _question(
     identifier: str, task: str, texts: _Texts, config: DataConfig, tokenizer: PreTrainedTokenizerBase
 ) -> Question:
-    messages = [{"role": "user", "content": texts.prompt}]
+    messages = [*texts.earlier, ("user", texts.prompt)]
     if config.instruction:
-        # As the system message it takes the place of a template's default one: one preamble to read, not two.
-        messages.insert(0, {"role": "system", "content": config.instruction})
-    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        # As the system message it takes the place of any other one: one preamble to read, not two.
+        spoken = [message for message in messages if message[0] != "system"]
+        messages = [("system", config.instruction), *spoken]
+    text = render(config.template, messages, tokenizer)
 
     def response(words: str) -> tuple[int, ...]:
         tokens = tokenizer(words, add_special_tokens=False).input_ids if words else []

@@ -1,54 +1,62 @@
-"""Greedy accuracy on held-out questions, overall and by task, with any rollout engine."""
+"""Accuracy on held-out questions in training, overall and by task, with any rollout engine."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from hpt_mega.rollout.engine import RolloutEngine, SamplingParams
+from hpt_mega.evaluation.sample import Decode, Grade, Respondent, respond
+from hpt_mega.rollout.engine import SamplingParams
 from hpt_mega.trajectory import Question
-
-Scorer = Callable[[Sequence[str], Sequence[str]], list[float]]
 
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Share of `count` questions answered rightly."""
+    """The mean over `count` questions of each one's share of right responses."""
 
-    correct: int
+    total: float  # of the shares
     count: int
+    squares: float  # of the shares, added up
+
+    @classmethod
+    def of(cls, share: float) -> Accuracy:
+        return cls(share, 1, share * share)
 
     @property
     def value(self) -> float:
-        return self.correct / self.count if self.count else 0.0
+        return self.total / self.count if self.count else 0.0
 
     @property
     def standard_error(self) -> float:
-        """Of a proportion: sqrt(p (1 - p) / n)."""
-        return math.sqrt(self.value * (1 - self.value) / self.count) if self.count else 0.0
+        """Of the mean over questions; with one response each, that of a proportion: sqrt(p (1 - p) / n)."""
+        if not self.count:
+            return 0.0
+        variance = max(0.0, self.squares / self.count - self.value**2)
+        return math.sqrt(variance / self.count)
 
     def __add__(self, other: Accuracy) -> Accuracy:
-        return Accuracy(self.correct + other.correct, self.count + other.count)
+        return Accuracy(self.total + other.total, self.count + other.count, self.squares + other.squares)
+
+
+NONE = Accuracy(0.0, 0, 0.0)
 
 
 def evaluate(
-    engine: RolloutEngine,
+    engine: Respondent,
     questions: Sequence[Question],
-    score: Scorer,
-    decode: Callable[[Sequence[int]], str],
-    max_new_tokens: int,
-    stop_tokens: tuple[int, ...],
+    sampling: SamplingParams,
+    grade: Grade,
+    decode: Decode,
 ) -> dict[str, Accuracy]:
-    """Accuracy by task of one greedy response a question."""
-    sampling = SamplingParams(n=1, max_new_tokens=max_new_tokens, temperature=0.0, stop_tokens=stop_tokens)
-    samples = engine.generate([question.prompt_tokens for question in questions], sampling)
-    rewards = score([decode(s.tokens) for (s,) in samples], [question.answer for question in questions])
+    """Accuracy by task of sampling.n responses a question."""
     by_task: dict[str, Accuracy] = {}
-    for question, reward in zip(questions, rewards, strict=True):
-        by_task[question.task] = by_task.get(question.task, Accuracy(0, 0)) + Accuracy(int(reward > 0.5), 1)
+    groups = respond(engine, questions, sampling, grade, decode)
+    for question, responses in zip(questions, groups, strict=True):
+        share = sum(response.reward > 0.5 for response in responses) / len(responses)
+        by_task[question.task] = by_task.get(question.task, NONE) + Accuracy.of(share)
     return by_task
 
 
 def overall(by_task: dict[str, Accuracy]) -> Accuracy:
-    return sum(by_task.values(), Accuracy(0, 0))
+    return sum(by_task.values(), NONE)

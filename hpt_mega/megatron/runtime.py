@@ -73,6 +73,12 @@ class Layout:
         dist.broadcast_object_list(box, src=self.leader if source is None else source, group=self.model_group)
         return box[0]
 
+    def from_rank_zero(self, value: T | None) -> T | None:
+        """Give every rank of the job rank 0's object."""
+        box: list[Any] = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
     def sum_over_data(self, values: Sequence[float]) -> list[float]:
         """Sum numbers (fp64) over the data-parallel ranks."""
         total = torch.tensor(values, dtype=torch.float64, device=self.device)

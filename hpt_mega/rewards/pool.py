@@ -19,7 +19,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from hpt_mega.rewards.choice import choice_verdict
+from hpt_mega.rewards.choice import choice_verdict, chosen
+from hpt_mega.rewards.format import format_verdict
+from hpt_mega.rewards.function import is_dotted
 from hpt_mega.rewards.math import Verdict, exact_verdict, final_answer, quick_verdict, unboxed
 
 # The verdict on (response, answer) by kind; None where workers are to compare.
@@ -27,8 +29,30 @@ _IN_PROCESS: dict[str, Callable[[str, str], Verdict | None]] = {
     "math": quick_verdict,
     "choice": choice_verdict,
     "exact": exact_verdict,
+    "format": format_verdict,
 }
 KINDS = tuple(_IN_PROCESS)
+
+
+def is_kind(kind: str) -> bool:
+    """Whether a kind is one of KINDS or could be a function's dotted path."""
+    return kind in KINDS or is_dotted(kind)
+
+
+def extracted(kind: str, response: str) -> str:
+    """The final answer that a verdict of this kind is about, "" where the response has none."""
+    if kind == "choice":
+        return chosen(response) or ""
+    return final_answer(response) or ""
+
+
+def _request(kind: str, response: str, answer: str) -> dict[str, str]:
+    """What a worker is asked: to compare two answers, or to call a function on the whole response."""
+    if kind in KINDS:
+        return {"given": final_answer(response) or "", "answer": unboxed(answer)}
+    return {"function": kind, "given": response, "answer": answer}
+
+
 MEMORY_MIB = 1024  # of a worker's address space
 START_FAILURES = 3  # in a row, of workers that end before they are ready
 START_DEADLINE_S = 120.0  # importing sympy on a loaded machine
@@ -37,11 +61,11 @@ START_DEADLINE_S = 120.0  # importing sympy on a loaded machine
 class _Worker:
     """One worker process and its item. Pipes of JSON lines: no pickle, and __main__ is not imported again."""
 
-    def __init__(self, deadline_s: float, memory_mib: int) -> None:
+    def __init__(self, deadline_s: float, memory_mib: int, function: str = "") -> None:
         root = str(Path(__file__).parents[2])
         path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "hpt_mega.rewards.worker", str(deadline_s), str(memory_mib)],
+            [sys.executable, "-m", "hpt_mega.rewards.worker", str(deadline_s), str(memory_mib), function],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -61,12 +85,17 @@ class _Worker:
         """Whether it owes us something: the verdict on an item, or the sign that it has started."""
         return self.item is not None or not self.ready
 
-    def send(self, item: int, given: str, answer: str, deadline_s: float) -> None:
+    def send(self, item: int, request: dict[str, str], deadline_s: float) -> None:
         self.item = item
         self.must_reply_by = time.monotonic() + deadline_s
         # Where it died while idle, the end of its output is noticed next and the item counted there.
         with contextlib.suppress(BrokenPipeError):
-            self.requests.write(json.dumps({"given": given, "answer": answer}).encode() + b"\n")
+            self._write(json.dumps(request).encode() + b"\n")
+
+    def _write(self, line: bytes) -> None:
+        """All of it: an unbuffered pipe takes no more at once than it has room for."""
+        while line:
+            line = line[self.requests.write(line) :]
 
     def receive(self) -> dict[str, Any] | None:
         """The next reply, {} where it is not complete yet, None where the process has ended."""
@@ -90,17 +119,19 @@ class _Worker:
 class RewardPool:
     """Rewards for batches of responses; use as a context manager or call close().
 
-    kind: "math", "choice" or "exact". workers: number of processes for the answers that exact arithmetic
-    cannot settle; memory_mib caps the address space of each. deadline_s: wall seconds one answer may take; a
-    worker that overruns it is killed and replaced, and the answer gets reward 0. Threads may share a pool:
-    they take turns. Raises ValueError for an unknown kind or impossible numbers.
+    kind: one of KINDS, or the dotted path of a function as in function.py. workers: number of processes for
+    such functions, and for the answers that exact arithmetic cannot settle; memory_mib caps the address space
+    of each. deadline_s: wall seconds one answer may take; a worker that overruns it is killed and replaced,
+    and the answer gets reward 0. Threads may share a pool: they take turns. Raises ValueError for an unknown
+    kind or impossible numbers.
     """
 
     def __init__(
         self, kind: str = "math", workers: int = 1, deadline_s: float = 5.0, memory_mib: int = MEMORY_MIB
     ) -> None:
-        if kind not in KINDS:
-            raise ValueError(f"reward.kind is {kind!r}, expected one of {', '.join(KINDS)}")
+        if not is_kind(kind):
+            known = ", ".join(KINDS)
+            raise ValueError(f"reward.kind is {kind!r}, expected one of {known}, or MODULE.FUNCTION")
         if workers < 1 or not deadline_s > 0:
             raise ValueError(
                 f"reward.workers is {workers} and reward.deadline_s {deadline_s}; "
@@ -109,10 +140,11 @@ class RewardPool:
         self._kind = kind
         self._deadline_s = deadline_s
         self._memory_mib = memory_mib
+        self._function = "" if kind in KINDS else kind
         self._turn = threading.Lock()
         self._start_failures = 0
         # Started now, so that their imports overlap with the first rollout.
-        self._workers = [_Worker(deadline_s, memory_mib) for _ in range(workers)]
+        self._workers = [_Worker(deadline_s, memory_mib, self._function) for _ in range(workers)]
         self._closed = False
 
     def score(self, responses: Sequence[str], answers: Sequence[str]) -> list[float]:
@@ -135,27 +167,25 @@ class RewardPool:
             raise RuntimeError("the reward pool is closed; make a new one")
         kinds = [self._kind] * len(responses) if kinds is None else kinds
         quick = [
-            _IN_PROCESS[kind](response, answer)
+            _IN_PROCESS[kind](response, answer) if kind in KINDS else None
             for kind, response, answer in zip(kinds, responses, answers, strict=True)
         ]
         hard = {
-            i: (final_answer(responses[i]) or "", unboxed(answers[i]))
-            for i, done in enumerate(quick)
-            if done is None
+            i: _request(kinds[i], responses[i], answers[i]) for i, done in enumerate(quick) if done is None
         }
         with self._turn:
             settled = self._compare(hard) if hard else {}
         return [verdict if verdict is not None else settled[i] for i, verdict in enumerate(quick)]
 
-    def _compare(self, hard: dict[int, tuple[str, str]]) -> dict[int, Verdict]:
-        """The workers' verdicts on {item: (given, answer)}."""
+    def _compare(self, hard: dict[int, dict[str, str]]) -> dict[int, Verdict]:
+        """The workers' verdicts on {item: request}."""
         waiting = deque(hard)
         settled: dict[int, Verdict] = {}
         while len(settled) < len(hard):
             for worker in self._workers:
                 if worker.ready and worker.item is None and waiting:
                     item = waiting.popleft()
-                    worker.send(item, *hard[item], self._deadline_s)
+                    worker.send(item, hard[item], self._deadline_s)
             busy = [worker for worker in self._workers if worker.is_awaited]
             for worker in self._readable(busy):
                 self._take_reply(worker, settled)
@@ -180,7 +210,7 @@ class RewardPool:
         if reply is None:
             self._replace(worker, "the worker died", settled)
         elif "error" in reply:
-            raise RuntimeError(f"a reward worker cannot start: {reply['error']}. Install math-verify.")
+            raise RuntimeError(f"a reward worker cannot start: {reply['error']}")
         elif "ready" in reply:
             worker.ready = True
             self._start_failures = 0
@@ -201,7 +231,8 @@ class RewardPool:
             )
         if worker.item is not None:
             settled[worker.item] = Verdict(0.0, why)
-        self._workers[self._workers.index(worker)] = _Worker(self._deadline_s, self._memory_mib)
+        fresh = _Worker(self._deadline_s, self._memory_mib, self._function)
+        self._workers[self._workers.index(worker)] = fresh
 
     def close(self) -> None:
         """Ends the workers. Further calls of close() do nothing."""

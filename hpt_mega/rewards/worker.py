@@ -1,6 +1,7 @@
 """The process that compares answers symbolically: one JSON line in, one JSON line out, until its input ends.
 
-Started by pool.py as `python -m hpt_mega.rewards.worker DEADLINE_S MEMORY_MIB`. It never imports torch.
+Started by pool.py as `python -m hpt_mega.rewards.worker DEADLINE_S MEMORY_MIB [FUNCTION]`, it never imports
+torch by itself. A function of the user's own is called here too.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from collections.abc import Callable
 
 from hpt_mega.rewards.compare import Outcome
 from hpt_mega.rewards.compare import compare as compare_values
+from hpt_mega.rewards.function import Function, call, load_function
 
 FALLBACK_CHARACTERS = 300
 _COMMAND = re.compile(r"\\([A-Za-z]+)")
@@ -84,13 +86,31 @@ def symbolic_comparison(deadline_s: float) -> Callable[[str, str], tuple[float, 
     return compare
 
 
+def _by_function(request: dict[str, str], functions: dict[str, Function]) -> tuple[float, str]:
+    path = request["function"]
+    try:
+        if path not in functions:
+            functions[path] = load_function(path)
+        return call(functions[path], request["given"], request["answer"])
+    except MemoryError:
+        return 0.0, "memory limit"
+    except Exception as error:  # a response that the function fails on is a wrong one; the reason is kept
+        return 0.0, f"{type(error).__name__}: {error}"[:200]
+
+
 def main() -> int:
     deadline_s, memory_mib = float(sys.argv[1]), int(sys.argv[2])
     replies = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # whatever a parser prints must not mix with the replies
+    functions: dict[str, Function] = {}
     try:
         compare = symbolic_comparison(deadline_s)
+        if path := "".join(sys.argv[3:]):
+            functions[path] = load_function(path)  # now, so that its imports do not count against a response
     except ImportError as error:
+        replies.write(json.dumps({"error": f"{error}. Install math-verify."}) + "\n")
+        return 1
+    except ValueError as error:
         replies.write(json.dumps({"error": str(error)}) + "\n")
         return 1
     limit_resources(memory_mib)
@@ -100,7 +120,10 @@ def main() -> int:
         # A big-integer power holds the interpreter for minutes, deaf to Python signal handlers. This timer
         # ends such a process even when the trainer that would have killed it is gone.
         signal.setitimer(signal.ITIMER_PROF, 2 * deadline_s)
-        reward, why = compare(request["given"], request["answer"])
+        if "function" in request:
+            reward, why = _by_function(request, functions)
+        else:
+            reward, why = compare(request["given"], request["answer"])
         signal.setitimer(signal.ITIMER_PROF, 0)
         replies.write(json.dumps({"reward": reward, "why": why}) + "\n")
     return 0

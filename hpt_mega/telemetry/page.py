@@ -100,10 +100,11 @@ def tile(label: str, value: str, note: str, *, wide: bool = False) -> str:
     return f'<div class="{kind}"><h3>{label}</h3><b>{value}</b><small>{note}</small></div>'
 
 
-def numbers(head: Sequence[str], rows: Sequence[Sequence[str]], *, total: int) -> str:
-    """A table of a name and numbers a row; row `total` stands out."""
+def numbers(head: Sequence[str], rows: Sequence[Sequence[str]], *, total: int | None) -> str:
+    """A table of a name and numbers a row; row `total`, where there is one, stands out."""
+    standing_out = None if total is None else total % len(rows)
     body = "".join(
-        f"<tr{' class=total' if index == total % len(rows) else ''}>{_cells('td', row)}</tr>"
+        f"<tr{' class=total' if index == standing_out else ''}>{_cells('td', row)}</tr>"
         for index, row in enumerate(rows)
     )
     return f'<div class="card"><table class="numbers"><tr>{_cells("th", head)}</tr>{body}</table></div>'

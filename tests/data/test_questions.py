@@ -8,17 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from hpt_mega.config import DataConfig, TaskConfig
+from hpt_mega.config import DataConfig, SourceConfig, TaskConfig
 from hpt_mega.data.questions import load_questions
 from hpt_mega.rewards.math import quick_verdict
+from tests.data.byte_tokenizer import byte_tokenizer
 
-TEMPLATE = (
-    "{% for m in messages %}{{ '<s>' if m['role'] == 'system' else '<u>' }}{{ m['content'] }}<e>{% endfor %}"
-    "{% if add_generation_prompt %}<a>{% endif %}"
-)
 EASY = TaskConfig(
     "chain_sum", 1.0, "easy", {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
 )
@@ -30,14 +26,7 @@ WORDS = TaskConfig("gsm_symbolic", 1.5, "words")
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    bytes_only = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[]))
-    bytes_only.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bytes_only.decoder = decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(tokenizer_object=bytes_only, eos_token="<e>")
-    fast.add_special_tokens({"additional_special_tokens": ["<s>", "<u>", "<a>"]})
-    fast.chat_template = TEMPLATE
-    return fast
+    return byte_tokenizer()
 
 
 def config(
@@ -185,3 +174,37 @@ def test_a_question_of_a_file_may_lack_demonstration_and_rejected(
     questions = load_questions(replace(config(EASY, train=1, heldout=3), train_file=str(path)), tokenizer)
     (only,) = questions.train
     assert (only.demonstration_tokens, only.rejected_tokens) == ((), ())
+
+
+def test_a_files_system_message_is_kept_dropped_or_replaced(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    path = tmp_path / "chat.jsonl"
+    chat = [{"role": "system", "content": "Think."}, {"role": "user", "content": "1 + 1?"}]
+    path.write_text(json.dumps({"prompt": chat, "answer": "2"}))
+    wanted = replace(config(EASY, train=1, heldout=3), train_file=str(path))
+    for instruction, keep, prompt in (
+        ("", True, "<s>Think.<e><u>1 + 1?<e><a>"),
+        ("", False, "<u>1 + 1?<e><a>"),
+        ("Box it.", True, "<s>Box it.<e><u>1 + 1?<e><a>"),
+    ):
+        asked = replace(wanted, instruction=instruction, keep_system=keep)
+        (question,) = load_questions(asked, tokenizer).train
+        assert tokenizer.decode(question.prompt_tokens) == prompt
+
+
+def test_a_mixture_of_files_keeps_its_parts_apart(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    for name, count in (("a", 5), ("b", 3)):
+        lines = [json.dumps({"prompt": f"{name} {i}?", "answer": str(i)}) for i in range(count)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    mixture = [
+        SourceConfig(str(tmp_path / "a.jsonl"), weight=2.0, questions=4),
+        SourceConfig(str(tmp_path / "b.jsonl"), questions=3),
+    ]
+    loaded = load_questions(replace(config(EASY, heldout=3), mixture=mixture), tokenizer)
+    assert [question.task for question in loaded.train] == ["a"] * 4 + ["b"] * 3
+    assert (loaded.sizes, loaded.weights) == ([4, 3], [2.0, 1.0])
+    assert loaded.train[4].prompt == "b 0?" and len(loaded.train) == 7
+    assert [question.prompt for question in loaded.train[3:5]] == ["a 3?", "b 0?"]
+    with pytest.raises(IndexError):
+        loaded.train[7]

@@ -1,0 +1,110 @@
+"""The config of `hpt eval`, and how it is read from KEY=VALUE and kept in the run's folder.
+
+What a benchmark is lives in benchmarks.py; what the questions are asked with in sample.py.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from hpt_mega.config import ColumnsConfig, ConfigError, ParallelConfig, PrecisionConfig, RewardConfig
+from hpt_mega.config import leaves as key_names
+
+
+@dataclass
+class EvalConfig:
+    """Sampling is the paper's: temperature 0.6, top-p 0.95, at most 8,192 tokens."""
+
+    model: str = MISSING  # a Hugging Face folder: config, safetensors, tokenizer
+    benchmarks: list[str] = MISSING  # names of conf/benchmark, data files, hf:OWNER/NAME, reasoning_gym:TASK
+    k: int = 0  # samples a question; 0: each benchmark's own number
+    greedy: bool = True  # one greedy response a question besides
+    temperature: float = 0.6
+    top_p: float = 0.95
+    max_new_tokens: int = 8192
+    questions: int = 0  # of each benchmark, the first ones; 0: all
+    template: str = "chat"  # the tokenizer's, or qwen_math, llama_base, plain
+    instruction: str = ""  # the system message
+    columns: ColumnsConfig = field(default_factory=ColumnsConfig)  # of benchmarks given as files or datasets
+    split: str = "test"  # of benchmarks given as datasets
+    kind: str = (
+        "auto"  # of benchmarks given as files: math, choice, exact; auto: choice where all are letters
+    )
+    training_data: list[str] = field(default_factory=list)  # compared with the benchmarks by 13-grams
+    training_columns: ColumnsConfig = field(default_factory=ColumnsConfig)
+    published: str = "qwen2_5_math_7b"  # whose published rows stand beside; "": none
+    engine: str = "megatron"
+    parallel: ParallelConfig = field(default_factory=lambda: ParallelConfig(pp=1))
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    max_sequences: int = 128  # decoded together by the embedded engine
+    questions_per_batch: int = 16  # asked together, then kept: what a kill can cost
+    level: float = 0.95  # of the confidence intervals
+    seed: int = 1234
+    deadline_s: float = 3600.0  # longest wait for another rank in one phase
+    run_dir: str = "runs/eval"
+
+
+# What may differ between a run and its resumption without changing a response.
+FREE_TO_CHANGE = ("run_dir", "deadline_s", "level", "published", "training_data", "training_columns")
+
+
+def compose(settings: Sequence[str]) -> EvalConfig:
+    """The config of KEY=VALUE settings such as k=32 or columns.prompt=problem. Raises ConfigError."""
+    known = list(key_names(EvalConfig))
+    for setting in settings:
+        key, equals, _ = setting.partition("=")
+        if not equals:
+            raise ConfigError(f"got {setting!r}, expected KEY=VALUE, for instance k=32")
+        if key not in known:
+            near = difflib.get_close_matches(key, known, 1)
+            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
+            raise ConfigError(f"unknown key {key}; {hint}")
+    cfg = _from(OmegaConf.from_dotlist(list(settings)), "hpt eval")
+    for key, expected in (("model", "model=FOLDER"), ("benchmarks", "benchmarks=[aime24,math500]")):
+        if not getattr(cfg, key):
+            raise ConfigError(f"no {key} given; expected {expected}")
+    return cfg
+
+
+def load(path: Path) -> EvalConfig:
+    """The config that a run kept. Raises ConfigError."""
+    try:
+        return _from(OmegaConf.load(path), str(path))
+    except (OSError, YAMLError) as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def _from(given: Any, where: str) -> EvalConfig:
+    try:
+        blank = OmegaConf.structured(EvalConfig(model="", benchmarks=[]))
+        cfg = OmegaConf.to_object(OmegaConf.merge(blank, given))
+    except OmegaConfBaseException as error:
+        key = str(getattr(error, "full_key", "") or "")
+        raise ConfigError(f"{where}: {key}: {str(error).splitlines()[0]}") from error
+    assert isinstance(cfg, EvalConfig)
+    return cfg
+
+
+def check_resumable(cfg: EvalConfig, earlier: EvalConfig) -> None:
+    """Raise ConfigError where a folder's responses were made with settings that would give others."""
+    now, then = (OmegaConf.to_container(OmegaConf.structured(one)) for one in (cfg, earlier))
+    assert isinstance(now, dict) and isinstance(then, dict)
+    changed = [
+        f"{key!s} was {then[key]}, is {now[key]}"
+        for key in now
+        if key not in FREE_TO_CHANGE and now[key] != then[key]
+    ]
+    if changed:
+        raise ConfigError(
+            f"run_dir={cfg.run_dir} holds responses of another evaluation ({'; '.join(changed)}); "
+            "set another run_dir, or the same settings to go on with it"
+        )

@@ -1,0 +1,199 @@
+"""One process of `hpt eval`: asks what is not yet answered, keeps the responses, and writes the results.
+
+Started by launch.py as `python -m hpt_mega.evaluation.worker RUN_DIR/config.yaml`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer
+
+from hpt_mega.data.templates import stop_tokens
+from hpt_mega.evaluation import tables
+from hpt_mega.evaluation.benchmarks import Benchmark, contamination, load_benchmarks
+from hpt_mega.evaluation.config import EvalConfig, load
+from hpt_mega.evaluation.engines import ENGINES, job_config
+from hpt_mega.evaluation.journal import GREEDY, SAMPLED, Graded, Journal
+from hpt_mega.evaluation.results import results
+from hpt_mega.evaluation.sample import Respondent, Response, respond
+from hpt_mega.megatron import runtime
+from hpt_mega.megatron.runtime import Layout
+from hpt_mega.rewards.math import Verdict
+from hpt_mega.rewards.pool import RewardPool, extracted
+from hpt_mega.rollout.engine import SamplingParams
+from hpt_mega.telemetry.metrics import PhaseTimer
+from hpt_mega.telemetry.records import write_atomically
+from hpt_mega.trajectory import Question
+from hpt_mega.worker import report_failure
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Questions asked together; the same whatever was answered before, so that their draws are too."""
+
+    benchmark: Benchmark
+    mode: str
+    index: int
+    questions: Sequence[Question]
+
+    @property
+    def samples(self) -> int:
+        return 1 if self.mode == GREEDY else self.benchmark.k
+
+    def seed(self, seed: int) -> int:
+        return zlib.crc32(f"{seed}:{self.benchmark.name}:{self.mode}:{self.index}".encode())
+
+
+@dataclass
+class Evaluator:
+    """What one rank evaluates with. Replicas take batches in turn; rank 0 keeps the responses."""
+
+    cfg: EvalConfig
+    layout: Layout
+    engine: Respondent
+    tokenizer: Any
+    rewards: RewardPool | None  # on each replica's leader
+    journal: Journal | None  # on rank 0
+
+    def run(self, benchmarks: Sequence[Benchmark]) -> None:
+        """Ask and grade all that the journal lacks."""
+        todo = self._todo(benchmarks)
+        for first in range(0, len(todo), self.layout.dp_size):
+            mine = first + self.layout.dp_rank
+            answered = self._answer(todo[mine]) if mine < len(todo) else []
+            parts = self.layout.gather_over_data(answered)
+            if self.journal is not None:
+                self.journal.add([one for part in parts for one in part])
+                print(f"{min(first + self.layout.dp_size, len(todo))} of {len(todo)} batches", flush=True)
+
+    def _todo(self, benchmarks: Sequence[Benchmark]) -> list[Batch]:
+        """The batches with a question that lacks a response: known to rank 0, told to all."""
+        batches = list(_batches(benchmarks, self.cfg))
+        missing: list[int] | None = None
+        if self.journal is not None:
+            missing = [
+                number
+                for number, batch in enumerate(batches)
+                if not all(
+                    self.journal.is_complete(batch.benchmark.name, batch.mode, q.id, batch.samples)
+                    for q in batch.questions
+                )
+            ]
+        told = self.layout.from_rank_zero(missing)
+        assert told is not None
+        return [batches[number] for number in told]
+
+    def _answer(self, batch: Batch) -> list[tuple[Graded, str]]:
+        sampled = batch.mode == SAMPLED
+        sampling = SamplingParams(
+            n=batch.samples,
+            max_new_tokens=self.cfg.max_new_tokens,
+            temperature=self.cfg.temperature if sampled else 0.0,
+            top_p=self.cfg.top_p if sampled else 1.0,
+            stop_tokens=stop_tokens(self.cfg.template, self.tokenizer),
+            seed=batch.seed(self.cfg.seed),
+        )
+        kind = batch.benchmark.kind
+
+        def grade(texts: Sequence[str], answers: Sequence[str]) -> list[Verdict]:
+            kinds = [kind] * len(texts)
+            found = self.rewards.verdicts(texts, answers, kinds) if self.rewards else None
+            return self.layout.broadcast_object(found)
+
+        groups = respond(self.engine, batch.questions, sampling, grade, self._decode)
+        return [
+            (_graded(batch, question, number, response), response.text)
+            for question, group in zip(batch.questions, groups, strict=True)
+            for number, response in enumerate(group)
+        ]
+
+    def _decode(self, tokens: Sequence[int]) -> str:
+        return str(self.tokenizer.decode(tokens, skip_special_tokens=True))
+
+
+def _batches(benchmarks: Sequence[Benchmark], cfg: EvalConfig) -> Iterator[Batch]:
+    size = cfg.questions_per_batch
+    for benchmark in benchmarks:
+        modes = [*([GREEDY] if cfg.greedy else []), *([SAMPLED] if cfg.temperature > 0 else [])]
+        for mode in modes:
+            for index, start in enumerate(range(0, len(benchmark.questions), size)):
+                yield Batch(benchmark, mode, index, benchmark.questions[start : start + size])
+
+
+def _graded(batch: Batch, question: Question, sample: int, response: Response) -> Graded:
+    return Graded(
+        benchmark=batch.benchmark.name,
+        mode=batch.mode,
+        question=question.id,
+        sample=sample,
+        category=question.task,
+        answer=question.answer,
+        extracted=extracted(batch.benchmark.kind, response.text),
+        reward=response.reward,
+        why=response.why,
+        tokens=response.tokens,
+        finished=response.finished,
+    )
+
+
+def evaluate(cfg: EvalConfig, layout: Layout, timer: PhaseTimer) -> None:
+    """A whole evaluation, begun or resumed, to its results and tables in run_dir."""
+    run_dir = Path(cfg.run_dir)
+    started = time.monotonic()
+    journal = Journal(run_dir / "responses.jsonl") if layout.rank == 0 else None
+    reward = cfg.reward
+    with ExitStack() as stack:
+        with timer.phase("load"):
+            tokenizer = AutoTokenizer.from_pretrained(cfg.model)
+            benchmarks = load_benchmarks(cfg, tokenizer)
+            engine = stack.enter_context(ENGINES[cfg.engine](cfg, layout))
+        rewards = None
+        if layout.is_leader:
+            rewards = stack.enter_context(
+                RewardPool(reward.kind, reward.workers, reward.deadline_s, reward.memory_mib)
+            )
+        with timer.phase("evaluate"):
+            Evaluator(cfg, layout, engine, tokenizer, rewards, journal).run(benchmarks)
+    if journal is not None:
+        with timer.phase("results"):
+            overlap = contamination(cfg, benchmarks)
+            seconds = time.monotonic() - started
+            found = results(cfg, benchmarks, journal.graded.values(), overlap, seconds)
+            _write(run_dir, found, cfg.published)
+
+
+def _write(run_dir: Path, found: dict[str, Any], published: str) -> None:
+    write_atomically(run_dir / "results.md", tables.markdown(found, published))
+    write_atomically(run_dir / "results.tex", tables.latex(found, published))
+    write_atomically(run_dir / "results.html", tables.html(found, published))
+    write_atomically(run_dir / "results.json", json.dumps(found, indent=2, ensure_ascii=False) + "\n")
+    print(tables.markdown(found, published))
+    print(f"written: {run_dir}/results.json, .html, .md, .tex; responses.jsonl holds every response")
+
+
+def main(config_path: str) -> int:
+    cfg = load(Path(config_path))
+    timer = PhaseTimer()
+    layout = runtime.initialize(job_config(cfg))
+    try:
+        evaluate(cfg, layout, timer)
+    except BaseException as error:
+        report_failure(Path(cfg.run_dir), layout, timer, error)
+        raise
+    runtime.shutdown()
+    return 0
+
+
+if __name__ == "__main__":
+    torch.multiprocessing.set_start_method("spawn", force=True)
+    sys.exit(main(sys.argv[1]))

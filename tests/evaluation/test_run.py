@@ -1,0 +1,123 @@
+"""`hpt eval` on a tiny random model: the authors' file format, a kill, a resumption, two replicas."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hpt_mega.cli import CONFIG_ERROR, main
+from tests.data.byte_tokenizer import byte_tokenizer
+from tests.megatron.tiny import save_llama
+
+pytestmark = pytest.mark.timeout(650)
+QUESTIONS, K = 7, 3
+DEADLINE_S = 200.0
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = save_llama(tmp_path_factory.mktemp("model"), tied=False, vocabulary=261)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def benchmark(tmp_path: Path) -> Path:
+    """A file as the authors have them: a list of prompt and answer, in a folder named like the benchmark."""
+    path = tmp_path / "AIME24" / "test.json"
+    path.parent.mkdir()
+    rows = [{"prompt": f"What is {i}?", "answer": rf"\boxed{{{i}}}"} for i in range(QUESTIONS)]
+    path.write_text(json.dumps(rows))
+    return path
+
+
+def start(model: Path, benchmark: Path, run_dir: Path, *settings: str) -> subprocess.Popen[str]:
+    command = [
+        *(sys.executable, "-m", "hpt_mega.cli", "eval", f"model={model}", f"benchmarks=[{benchmark}]"),
+        *(f"k={K}", "max_new_tokens=24", "questions_per_batch=2", "precision.dtype=fp32"),
+        *(f"training_data=[{benchmark}]", f"run_dir={run_dir}", *settings),
+    ]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def finish(process: subprocess.Popen[str]) -> str:
+    output, _ = process.communicate(timeout=DEADLINE_S)
+    assert process.returncode == 0, output
+    return output
+
+
+def responses(run_dir: Path) -> dict[tuple[Any, ...], dict[str, Any]]:
+    rows = [json.loads(line) for line in (run_dir / "responses.jsonl").read_text().splitlines()]
+    keyed = {(row["mode"], row["question"], row["sample"]): row for row in rows}
+    assert len(keyed) == len(rows), "a response is kept twice"
+    return keyed
+
+
+def test_a_killed_evaluation_goes_on_and_ends_as_one_of_two_replicas_never_killed(
+    model: Path, benchmark: Path, tmp_path: Path
+) -> None:
+    whole = start(model, benchmark, tmp_path / "whole", "parallel.dp=2")
+    finish(whole)
+    killed = tmp_path / "killed"
+    process = start(model, benchmark, killed)
+    journal = killed / "responses.jsonl"
+    end = time.monotonic() + DEADLINE_S
+    while not journal.is_file() or journal.stat().st_size == 0:
+        assert process.poll() is None and time.monotonic() < end, process.communicate()[0]
+        time.sleep(0.01)
+    process.kill()
+    process.communicate()
+    kept = journal.read_bytes()
+    journal.write_bytes(kept[: len(kept) - 30])  # as if the kill had torn the last line
+    printed = finish(start(model, benchmark, killed))
+    assert "of 8 batches" not in printed  # the rest only
+    assert responses(killed) == responses(tmp_path / "whole")
+    check_outputs(killed)
+
+
+def check_outputs(run_dir: Path) -> None:
+    results = json.loads((run_dir / "results.json").read_text())
+    found = results["benchmarks"]["AIME24"]
+    assert (found["questions"], found["kind"], found["prompt"]) == (QUESTIONS, "math", "<u>What is 0?<e><a>")
+    assert set(found["sampled"]["pass@k"]) == {"1", "2", "3"} and f"avg@{K}" in found["sampled"]
+    assert len(results["contamination"]["AIME24"]["overlapping"]) == QUESTIONS
+    assert results["seed"] == 1234 and results["temperature"] == 0.6 and "torch" in results["versions"]
+    rows = responses(run_dir).values()
+    assert len(rows) == QUESTIONS * (1 + K)
+    assert all({"response", "extracted", "reward", "why"} <= row.keys() for row in rows)
+    table = (run_dir / "results.md").read_text()
+    assert "| HPT (published) | 33.0 |" in table and "this run, sampled" in table
+    assert "HPT (published) & 33.0" in (run_dir / "results.tex").read_text()
+    assert "<table" in (run_dir / "results.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        (["benchmarks=[aime]"], "'aime' is none of conf/benchmark (aime24, aime25"),
+        (["benchmarks=[a.json]"], "a.json: no such file"),
+        (["benchmarks=[aime24]", "max_new_tokens=128"], "the model has 128 positions"),
+        (["benchmarks=[aime24]", "template=qwen"], "template is 'qwen', expected one of chat, qwen_math"),
+        (["benchmarks=[aime24]", "engine=trt"], "engine is 'trt', expected one of megatron"),
+        (["benchmarks=[aime24]", "max_tokens=4"], "unknown key max_tokens; did you mean max_new_tokens"),
+        (["k=4"], "no benchmarks given; expected benchmarks=[aime24,math500]"),
+        (["benchmarks=[aime24]", "k=many"], "k: Value 'many'"),
+    ],
+)
+def test_an_impossible_evaluation_is_refused_before_it_starts(
+    settings: list[str],
+    expected: str,
+    model: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run_dir = tmp_path / "run"
+    assert main(["eval", f"model={model}", f"run_dir={run_dir}", *settings]) == CONFIG_ERROR
+    assert expected in capsys.readouterr().err
+    assert not run_dir.exists()

@@ -1,0 +1,77 @@
+"""A user's own reward function: its value and reason, and that it can neither hang, crash nor eat a run."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+
+from hpt_mega.rewards import RewardPool
+from hpt_mega.rewards.command import grade_file
+from hpt_mega.rewards.function import load_function
+
+OWN = "tests.rewards.own_rewards"
+DEADLINE_S = 2.0
+
+
+@pytest.fixture(autouse=True)
+def tests_are_importable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+
+
+def test_its_number_is_the_reward_and_its_reason_is_kept() -> None:
+    with RewardPool(f"{OWN}.length", workers=2, deadline_s=DEADLINE_S) as pool:
+        assert pool.score(["x" * 3, "x" * 40, ""], ["4", "8", "2"]) == [0.75, 1.0, 0.0]
+        big = "y" * 3_000_000  # more than a pipe holds
+        verdicts = pool.verdicts([big, "2"], [big, "2"], [f"{OWN}.explained", "math"])
+    assert [(verdict.reward, verdict.why) for verdict in verdicts] == [
+        (1.0, "3000000 characters"),
+        (1.0, "same text"),
+    ]
+
+
+def test_it_is_ended_at_its_deadline_and_the_others_keep_their_rewards() -> None:
+    with RewardPool(f"{OWN}.slow", workers=2, deadline_s=DEADLINE_S) as pool:
+        pool.score(["a", "b"], ["", ""])
+        started = time.monotonic()
+        verdicts = pool.verdicts(["a", "hang", "b"], [""] * 3)
+        assert time.monotonic() - started < DEADLINE_S + 2
+    assert [verdict.reward for verdict in verdicts] == [1.0, 0.0, 1.0]
+    assert verdicts[1].why == "deadline of 2 s"
+
+
+def test_what_it_raises_or_wrongly_returns_is_a_reward_of_nothing_with_the_reason() -> None:
+    with RewardPool("math", deadline_s=DEADLINE_S, memory_mib=600) as pool:
+        responses, answers = ["nan", "two", "zero", "memory"], ["", "", "", str(2 << 30)]
+        kinds = [f"{OWN}.broken"] * 3 + [f"{OWN}.hungry"]
+        verdicts = pool.verdicts(responses, answers, kinds)
+    assert [verdict.reward for verdict in verdicts] == [0.0] * 4
+    assert [verdict.why for verdict in verdicts] == [
+        "ValueError: it returned nan, expected a number from 0 to 1",
+        "ValueError: it returned 2.0, expected a number from 0 to 1",
+        "ZeroDivisionError: division by zero",
+        "memory limit",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        (f"{OWN}.lenght", "has no lenght"),
+        ("tests.rewards.absent.f", "must be installed or stand on PYTHONPATH"),
+        (f"{OWN}.NUMBER", "is a int, expected a function"),
+    ],
+)
+def test_a_path_that_leads_nowhere_is_an_error_at_once(path: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_function(path)
+    with RewardPool(path, deadline_s=DEADLINE_S) as pool, pytest.raises(RuntimeError, match=message):
+        pool.score(["a"], ["b"])
+
+
+def test_a_file_to_grade_cannot_name_a_function(tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_text(json.dumps({"answer": "1", "response": "1", "kind": f"{OWN}.length"}))
+    with pytest.raises(ValueError, match="expected one of math, choice, exact, format"):
+        grade_file(tmp_path / "in.jsonl", tmp_path / "out.jsonl")
