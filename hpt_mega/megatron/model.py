@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -156,7 +157,8 @@ def transformer_config(
         bias_activation_fusion=on_gpu,
         bias_dropout_fusion=on_gpu,
         masked_softmax_fusion=False,
-        gradient_accumulation_fusion=False,
+        gradient_accumulation_fusion=on_gpu
+        and find_spec("fused_weight_gradient_mlp_cuda") is not None,  # apex
         apply_rope_fusion=False,
         **precision.transformer_options(fp8 or Fp8Config(), experts=shape.experts is not None),
     )
