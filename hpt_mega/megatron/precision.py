@@ -59,6 +59,11 @@ def gathers_fp8(fp8: Fp8Config) -> bool:
     return fp8.param_gather and torch.cuda.is_available()
 
 
+def tokens_multiple(fp8: Fp8Config) -> int:
+    """What Transformer Engine needs a sequence's length to be a multiple of; the emulation takes any."""
+    return align_of(fp8.recipe) if fp8.recipe and torch.cuda.is_available() else 1
+
+
 def emulate(model: Any, fp8: Fp8Config) -> None:
     """Let the linear layers of a model's transformer layers compute as the recipe would, off GPUs.
 
