@@ -146,6 +146,9 @@ def _layout(cfg: Config, shape: Mapping[str, Any]) -> Problems:
         yield f"parallel.pp is {parallel.pp} and the model has {layers} layers; expected one of {fitting}"
 
 
+_TE_TRUST = "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"
+
+
 def _fp8(cfg: Config, shape: Mapping[str, Any]) -> Problems:
     fp8, key = cfg.precision.fp8, "precision.fp8"
     if not fp8.recipe:
@@ -168,13 +171,25 @@ def _fp8(cfg: Config, shape: Mapping[str, Any]) -> Problems:
             f"{key}.first_layers and last_layers are {kept[0]} and {kept[1]}; megatron-core takes 0 to "
             f"{per_stage}, the layers of a pipeline stage"
         )
-    if fp8.recipe == "delayed" and any(kept):
+    yield from _fp8_recipe(cfg)
+    yield from _fp8_widths(cfg, shape)
+
+
+def _fp8_recipe(cfg: Config) -> Problems:
+    """What a recipe does not go together with."""
+    fp8, key = cfg.precision.fp8, "precision.fp8"
+    if fp8.recipe == "delayed" and (fp8.first_layers or fp8.last_layers):
         yield f"{key}: delayed scaling spans all layers of a stage; set first_layers and last_layers to 0"
     if fp8.param_gather and not cfg.parallel.distributed_optimizer:
         yield f"{key}.param_gather is the distributed optimizer's; set parallel.distributed_optimizer=true"
     if fp8.param_gather and fp8.recipe == "mxfp8":
         yield f"{key}.param_gather with mxfp8 needs a shared gradient buffer, not wired here; set it to false"
-    yield from _fp8_widths(cfg, shape)
+    trusted = os.environ.get(_TE_TRUST) == "1"
+    if fp8.recipe == "delayed" and cfg.resume == "auto" and torch.cuda.is_available() and not trusted:
+        yield (
+            f"{key}.recipe is 'delayed' and resume=auto: Transformer Engine keeps the amax history as a "
+            f"pickle and refuses to load it; set {_TE_TRUST}=1 if run_dir is your own, or change the recipe"
+        )
 
 
 def _fp8_widths(cfg: Config, shape: Mapping[str, Any]) -> Problems:

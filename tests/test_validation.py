@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -84,6 +85,18 @@ def test_widths_that_an_fp8_recipe_cannot_take_are_named(model_folder: MakeModel
     assert problems(*given, "precision=fp8_tensorwise") == ""
     assert "multiples of 32 and the model's hidden_size is 592" in problems(*given, "precision=fp8_mxfp8")
     assert "intermediate_size / tp is 170.667" in problems(*given, "precision=fp8_delayed", "parallel.tp=9")
+
+
+def test_resuming_delayed_scaling_on_a_gpu_asks_for_trust_in_the_checkpoint(
+    model_folder: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    folder = model_folder(hidden_size=576)
+    given = (f"model.path={folder}", f"run_dir={tmp_path}/run", "parallel.pp=2", "resume=auto")
+    assert problems(*given, "precision=fp8_blockwise") == ""
+    assert "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE=1" in problems(*given, "precision=fp8_delayed")
+    monkeypatch.setenv("NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE", "1")
+    assert problems(*given, "precision=fp8_delayed") == ""
 
 
 def test_all_problems_are_listed_at_once(model_folder: MakeModel, tmp_path: Path) -> None:
