@@ -119,6 +119,7 @@ class EmulatedProduct:
         input: Tensor,
         weight: Tensor,
         *,
+        bias: Tensor | None,
         allreduce_dgrad: bool,
         sequence_parallel: bool,
         tp_group: Any,
@@ -129,7 +130,7 @@ class EmulatedProduct:
         elif allreduce_dgrad:
             input = copy_to_tensor_model_parallel_region(input, group=tp_group)
         out: Tensor = _Product.apply(input, weight, self)
-        return out
+        return out if bias is None else out + bias
 
     def quantise(self, x: Tensor, role: Role, contracted: int) -> Operand:
         return self.scaling.quantise(x, role, contracted)

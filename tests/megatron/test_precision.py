@@ -139,9 +139,10 @@ def gradients(folder: Path, _: Path) -> dict[str, Any]:
         x = wide(7, 5, 256).requires_grad_()
         grad = wide(7, 5, WIDTH)
         weight = linear.weight
-        out = linear._forward_impl(
-            x, weight, allreduce_dgrad=False, sequence_parallel=False, tp_group=None, bias=None
-        )
+        alone = {"allreduce_dgrad": False, "sequence_parallel": False, "tp_group": None}
+        out = linear._forward_impl(x, weight, bias=None, **alone)
+        bias = 1e3 * torch.arange(WIDTH)
+        assert torch.equal(linear._forward_impl(x, weight, bias=bias, **alone), out + bias)
         dx, dw = torch.autograd.grad(out, (x, weight), grad)
         scaling = Scaling(recipe, number_format)
 
