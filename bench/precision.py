@@ -272,7 +272,8 @@ def report(errors: list[str], curves: list[str]) -> str:
             *errors,
             "",
             "Training: 4 layers, hidden 192, supervised, 456 new tokens a step; the language's own entropy "
-            f"is {ENTROPY:.4f}. Loss is that of 3,800 tokens no run trains on.",
+            f"is {ENTROPY:.4f}. Loss is that of 3,800 tokens no run trains on. Seconds are wall time, of a "
+            "machine that may be busy.",
             "",
             *curves,
             "",

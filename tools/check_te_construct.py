@@ -119,9 +119,12 @@ def answer_as_a_gpu(capability: tuple[int, int] = (10, 0)) -> None:
     """torch.cuda's answers of a machine with one GPU; memory stays on the CPU."""
     import torch
 
+    from hpt_mega.megatron import cpu
+
+    cpu._answer_for_cuda_runtime()  # the CPU patches that keep tensors on the CPU; install() sees a GPU now
+    cpu._redirect_cuda_tensors()
     cuda: Any = torch.cuda
     cuda.is_available = lambda: True
-    cuda.current_device = lambda: 0
     cuda.device_count = lambda: 1
     cuda.get_device_capability = lambda *_: capability
     cuda.get_device_name = lambda *_: "none: names and shapes only"
@@ -132,8 +135,6 @@ def answer_as_a_gpu(capability: tuple[int, int] = (10, 0)) -> None:
         multi_processor_count=132,
         total_memory=80 << 30,
     )
-    module: Any = torch.nn.Module
-    module.cuda = lambda self, *_: self
 
 
 def findings(scratch: Path) -> Iterator[Line]:
