@@ -215,7 +215,7 @@ def recipe_rows() -> Iterator[str]:
     for name in ("delayed", "tensorwise", "blockwise", "mxfp8"):
         fp8 = compose([f"precision=fp8_{name}"]).precision.fp8
         made = get_fp8_recipe(transformer_config(shape, ParallelConfig(1, 1, 1), torch.bfloat16, fp8))
-        yield f"| fp8_{name} | {made} |"
+        yield f"| fp8_{name} | {' '.join(str(made).split())} |"
 
 
 def row(line: Line) -> str:

@@ -351,14 +351,11 @@ def test_rollouts_see_the_quantised_weights_of_now(found: dict[str, Any]) -> Non
 
 
 def learned(folder: Path, _: Path) -> dict[str, float]:
-    """Likelihood after 40 steps in bf16, in each recipe and with scales that never move, and before them."""
+    """Likelihood after 40 steps in bf16 and in each recipe, and before the first."""
     found = {}
-    for recipe in ("", *RECIPES, "wrong"):
-        name = "delayed" if recipe == "wrong" else recipe
-        fp8 = Fp8Config(name, RECIPES[name]) if name else Fp8Config()
+    for recipe in ("", *RECIPES):
+        fp8 = Fp8Config(recipe, RECIPES[recipe]) if recipe else Fp8Config()
         learner = build(folder, config(fp8, dtype="bf16"))
-        if recipe == "wrong":
-            products(learner)[0].history._advance = lambda role, current: None
         found.setdefault("before", nll(learner))
         for step in range(40):
             learner.learn(batch(step), step)
@@ -373,7 +370,6 @@ def test_a_run_in_each_recipe_learns_as_one_in_bf16(found: dict[str, Any]) -> No
     for recipe in RECIPES:
         assert final[recipe] == pytest.approx(final[""], rel=0.05), recipe
         assert final[recipe] != final[""]
-    assert final["wrong"] > 1.1 * final[""]
 
 
 FOUND_BY_ONE_RANK: tuple[Callable[[Path, Path], Any], ...] = (
