@@ -210,7 +210,9 @@ def _doctor(options: argparse.Namespace) -> int:
         return 0
     console = Console(markup=False)  # [gpu] is an extra, no markup
     console.print(
-        f"Python {found.python}, {len(found.gpus)} GPUs{': ' if found.gpus else ''}{', '.join(found.gpus)}"
+        f"{found.host}: Python {found.python}, CUDA {found.cuda or 'none'}, driver {found.driver or 'none'}, "
+        f"{found.free_disk_gib} GiB free, {len(found.gpus)} GPUs{': ' if found.gpus else ''}"
+        + ", ".join(found.gpus)
     )
     packages = Table("package", "version", "gives", "if missing")
     for package in found.packages:
@@ -219,10 +221,12 @@ def _doctor(options: argparse.Namespace) -> int:
             package.name, package.version or "missing", package.gives, install, end_section=False
         )
     console.print(packages)
-    pieces = Table("piece of the step", "computed here by")
-    for piece, taken in found.pieces.items():
-        pieces.add_row(piece, taken)
+    pieces = Table("piece of the step", "computed here by", "would be, if installed")
+    for name, piece in found.pieces.items():
+        pieces.add_row(name, piece.taken, piece.would)
     console.print(pieces)
+    for problem in found.problems:
+        console.print(f"problem: {problem}")
     return 0
 
 

@@ -48,8 +48,26 @@ class ParallelConfig:
 
 
 @dataclass
+class Fp8Config:
+    """FP8 in the linear layers of transformer layers; all else stays in precision.dtype.
+
+    The defaults of the last four are Transformer Engine's.
+    """
+
+    recipe: str = ""  # delayed | tensorwise | blockwise | mxfp8; empty: no FP8
+    format: str = "e4m3"  # e4m3 | hybrid (gradients in e5m2)
+    first_layers: int = 0  # so many of the first and last layers stay in precision.dtype
+    last_layers: int = 0
+    param_gather: bool = False  # the distributed optimizer gathers weights in FP8
+    margin: int = 0  # delayed: scales are lowered by 2^margin
+    amax_history: int = 1024  # delayed: micro-batches remembered
+    amax_algorithm: str = "max"  # delayed: max | most_recent of the history
+
+
+@dataclass
 class PrecisionConfig:
     dtype: str = "bf16"  # bf16 | fp32
+    fp8: Fp8Config = field(default_factory=Fp8Config)
 
 
 @dataclass

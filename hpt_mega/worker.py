@@ -91,7 +91,7 @@ def build_trainer(
     family = family_for(checkpoint.config)
     shape = family.read_shape(with_context(checkpoint.config, **_context(cfg)))
     dtype = DTYPES[cfg.precision.dtype]
-    model = build_model(shape, cfg.parallel, layout, dtype)
+    model = build_model(shape, cfg.parallel, layout, dtype, fp8=cfg.precision.fp8)
     load_hf(model, checkpoint, family, shape, layout)
     tokenizer = AutoTokenizer.from_pretrained(cfg.model.path)
     questions = load_questions(cfg.data, tokenizer)
@@ -186,12 +186,12 @@ def build_learner(cfg: Config, layout: Layout, model: PolicyModel, shape: ModelS
     reference: PolicyModel | None = None
     critic: Critic | None = None
     if estimator.needs_reference_model:
-        reference = build_model(shape, cfg.parallel, layout, dtype)
+        reference = build_model(shape, cfg.parallel, layout, dtype, fp8=cfg.precision.fp8)
         reference.load_state_dict(model.state_dict())
     if estimator.needs_values:
         # the output layer of a tied model is its embedding, which the critic's head is not
         untied = replace(shape, tied=False)
-        value_model = build_model(untied, cfg.parallel, layout, dtype, kind=ValueModel)
+        value_model = build_model(untied, cfg.parallel, layout, dtype, kind=ValueModel, fp8=cfg.precision.fp8)
         critic = build_critic(value_model, model, cfg, layout)
     wrapped = wrap_data_parallel(model, cfg)
     return Learner(

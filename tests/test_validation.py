@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -45,6 +46,14 @@ def test_the_default_config_and_every_algorithm_are_accepted(model_folder: MakeM
         (("rollout.max_new_tokens=8001",), "the model has 8192 positions"),
         (("rollout.engine=vlm",), "rollout.engine is 'vlm', expected megatron"),
         (("precision.dtype=fp16",), "precision.dtype is 'fp16', expected bf16 or fp32"),
+        (("precision=fp8_delayed", "precision.fp8.recipe=delay"), "'delay', expected delayed or tensorwise"),
+        (("precision=fp8_mxfp8", "precision.fp8.format=e5m2"), "'e5m2', expected e4m3 or hybrid"),
+        (("precision=fp8_delayed", "precision.fp8.amax_algorithm=mean"), "expected max or most_recent"),
+        (("precision=fp8_delayed", "precision.fp8.amax_history=0"), "amax_history is 0"),
+        (("precision=fp8_delayed", "precision.fp8.first_layers=1"), "delayed scaling spans all layers"),
+        (("precision=fp8_blockwise", "precision.fp8.last_layers=16"), "takes 0 to 15"),
+        (("precision=fp8_blockwise", "precision.fp8.param_gather=true"), "distributed_optimizer=true"),
+        (("precision.fp8.first_layers=1",), "settings and no recipe"),
         (("resume=yes",), "expected never or auto"),
         (("rollout.top_p=1.5",), "rollout.top_p is 1.5, expected at most 1"),
         (("optimizer.lr=0",), "optimizer.lr is 0.0, expected above 0"),
@@ -68,6 +77,26 @@ def test_a_misuse_is_named_with_what_was_expected(
     overrides: tuple[str, ...], expected: str, model_folder: MakeModel, tmp_path: Path
 ) -> None:
     assert expected in problems(f"model.path={model_folder()}", f"run_dir={tmp_path}/run", *overrides)
+
+
+def test_widths_that_an_fp8_recipe_cannot_take_are_named(model_folder: MakeModel, tmp_path: Path) -> None:
+    folder = model_folder(hidden_size=592, intermediate_size=1536, num_key_value_heads=9, head_dim=32)
+    given = (f"model.path={folder}", f"run_dir={tmp_path}/run", "parallel.pp=2")
+    assert problems(*given, "precision=fp8_tensorwise") == ""
+    assert "multiples of 32 and the model's hidden_size is 592" in problems(*given, "precision=fp8_mxfp8")
+    assert "intermediate_size / tp is 170.667" in problems(*given, "precision=fp8_delayed", "parallel.tp=9")
+
+
+def test_resuming_delayed_scaling_on_a_gpu_asks_for_trust_in_the_checkpoint(
+    model_folder: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    folder = model_folder(hidden_size=576)
+    given = (f"model.path={folder}", f"run_dir={tmp_path}/run", "parallel.pp=2", "resume=auto")
+    assert problems(*given, "precision=fp8_blockwise") == ""
+    assert "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE=1" in problems(*given, "precision=fp8_delayed")
+    monkeypatch.setenv("NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE", "1")
+    assert problems(*given, "precision=fp8_delayed") == ""
 
 
 def test_all_problems_are_listed_at_once(model_folder: MakeModel, tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from hpt_mega.megatron.optimizer import (
     learning_rate,
     set_learning_rate,
 )
+from hpt_mega.megatron.precision import tokens_multiple
 from hpt_mega.megatron.runtime import Layout
 from hpt_mega.megatron.state import load_state, save_state
 from hpt_mega.megatron.step import Metrics, Objective, forward_backward, score, update
@@ -174,6 +175,7 @@ class Learner:
         question_tokens: Sequence[int] | None = None,
     ) -> MicroBatch:
         multiple = self.layout.tp_size if self.cfg.parallel.sequence_parallel else 1
+        multiple *= tokens_multiple(self.cfg.precision.fp8)
         return collate(trajectories, advantages, multiple, question_tokens)
 
     def _advantages(self, trajectories: Sequence[Trajectory]) -> list[float] | None:

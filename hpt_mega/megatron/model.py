@@ -8,12 +8,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hpt_mega.config import ParallelConfig
+from hpt_mega.config import Fp8Config, ParallelConfig
 from hpt_mega.megatron import cpu
 
 cpu.install()
@@ -27,6 +28,7 @@ from megatron.core.transformer.moe.router import TopKRouter  # noqa: E402
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules  # noqa: E402
 from megatron.core.transformer.utils import set_model_to_sequence_parallel  # noqa: E402
 
+from hpt_mega.megatron import precision  # noqa: E402
 from hpt_mega.megatron.attention import CoreAttention  # noqa: E402
 from hpt_mega.megatron.runtime import Layout  # noqa: E402
 from hpt_mega.megatron.variants import LatentCoreAttention, WindowAttention  # noqa: E402
@@ -81,6 +83,7 @@ class PolicyModel(GPTModel):
     def inference(self) -> Iterator[None]:
         """Evaluation mode without sequence parallelism, which cannot split a single decoded position."""
         sequence_parallel, training = self.config.sequence_parallel, self.training
+        self.set_is_first_microbatch()  # or TE would go on with the FP8 weights of before the last update
         if sequence_parallel:
             set_model_to_sequence_parallel(self, set_to=False)
         self.eval()
@@ -116,7 +119,9 @@ def _refuse_other_positions(position_ids_BS: Tensor) -> None:
         )
 
 
-def transformer_config(shape: ModelShape, parallel: ParallelConfig, dtype: torch.dtype) -> TransformerConfig:
+def transformer_config(
+    shape: ModelShape, parallel: ParallelConfig, dtype: torch.dtype, fp8: Fp8Config | None = None
+) -> TransformerConfig:
     """Megatron's config of the model and the layout."""
     on_gpu = torch.cuda.is_available()
     window = shape.sliding_window
@@ -152,8 +157,10 @@ def transformer_config(shape: ModelShape, parallel: ParallelConfig, dtype: torch
         bias_activation_fusion=on_gpu,
         bias_dropout_fusion=on_gpu,
         masked_softmax_fusion=False,
-        gradient_accumulation_fusion=False,
+        gradient_accumulation_fusion=on_gpu
+        and find_spec("fused_weight_gradient_mlp_cuda") is not None,  # apex
         apply_rope_fusion=False,
+        **precision.transformer_options(fp8 or Fp8Config(), experts=shape.experts is not None),
     )
     if shape.experts:
         options |= _expert_options(shape.experts, shape.num_layers)
@@ -248,9 +255,12 @@ def build_model(
     layout: Layout,
     dtype: torch.dtype,
     kind: type[PolicyModel] = PolicyModel,
+    fp8: Fp8Config | None = None,
 ) -> PolicyModel:
     """This rank's pipeline stage, with uninitialised weights, on the CPU or the current GPU."""
-    return build_stage(shape, transformer_config(shape, parallel, dtype), layout.tp_size, kind=kind)
+    model = build_stage(shape, transformer_config(shape, parallel, dtype, fp8), layout.tp_size, kind=kind)
+    precision.emulate(model, fp8 or Fp8Config())
+    return model
 
 
 def build_stage(

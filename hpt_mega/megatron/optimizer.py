@@ -9,6 +9,7 @@ import torch
 
 from hpt_mega.config import Config, OptimizerConfig
 from hpt_mega.megatron.model import PolicyModel
+from hpt_mega.megatron.precision import gathers_fp8
 
 from megatron.core.distributed import (  # isort: skip  (after model.py has made megatron-core importable)
     DistributedDataParallel,
@@ -25,7 +26,9 @@ def wrap_data_parallel(model: PolicyModel, cfg: Config) -> DistributedDataParall
     is already global."""
     _mark_tensor_parallel_weights(model)
     settings = DistributedDataParallelConfig(
-        use_distributed_optimizer=cfg.parallel.distributed_optimizer, grad_reduce_in_fp32=True
+        use_distributed_optimizer=cfg.parallel.distributed_optimizer,
+        grad_reduce_in_fp32=True,
+        fp8_param_gather=gathers_fp8(cfg.precision.fp8),
     )
     wrapped = DistributedDataParallel(model.config, settings, model)
     model.config.finalize_model_grads_func = _finalize_sums
@@ -64,6 +67,7 @@ def build_optimizer(model: DistributedDataParallel, cfg: Config) -> MegatronOpti
         bf16=cfg.precision.dtype == "bf16",
         params_dtype=model.module.config.params_dtype,
         use_distributed_optimizer=cfg.parallel.distributed_optimizer,
+        fp8_recipe=cfg.precision.fp8.recipe if gathers_fp8(cfg.precision.fp8) else None,
     )
     optimizer = get_megatron_optimizer(settings, [model])
     for group in optimizer.param_groups:  # megatron-core leaves this to its own learning-rate scheduler

@@ -52,7 +52,7 @@ def _header(cfg: Config, summary: Summary, finished: bool) -> str:
     ranks = "process" if layout.world_size == 1 else "processes"
     facts = [
         f"{layout.world_size} {ranks}: tensor {layout.tp} × pipeline {layout.pp} × data {layout.dp}",
-        cfg.precision.dtype,
+        f"{cfg.precision.dtype}{f', fp8 {cfg.precision.fp8.recipe}' if cfg.precision.fp8.recipe else ''}",
         f"gate {cfg.gate.name}",
         f"{cfg.trainer.questions_per_step} questions × {cfg.rollout.rollouts_per_question} rollouts a step",
         f"seed {cfg.seed}",
