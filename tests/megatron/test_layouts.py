@@ -44,7 +44,7 @@ class Case:
     tied: bool = False
     budget: int = 40
     inert: int = 0  # micro-batches without a sequence
-    uneven: bool = False  # the first replica gets all but one of the trajectories
+    uneven: bool = False  # the first replica gets all but one of the trajectories, the second that one
     dtype: str = "fp32"
 
     @property
@@ -58,7 +58,7 @@ class Case:
 
     def share(self, items: Sequence[Any], rank: int) -> list[Any]:
         if self.uneven:
-            return list(items[:-1] if rank == 0 else items[-1:])
+            return list([items[:-1], items[-1:], [], []][rank])
         return list(items[rank :: self.dp])
 
 
@@ -74,6 +74,8 @@ LAYOUTS = [
     Case(dp=2),
     Case(dp=2, distributed_optimizer=True),
     Case(dp=2, distributed_optimizer=True, tied=True),
+    Case(dp=4),
+    Case(dp=4, distributed_optimizer=True, tied=True),
     Case(tp=3),
     Case(pp=3),
     Case(pp=3, tied=True),
@@ -89,6 +91,7 @@ SPLITS = [
     Case(tp=2, sequence_parallel=True, budget=19, inert=2),
     Case(dp=2, uneven=True, inert=1),
     Case(dp=2, uneven=True, distributed_optimizer=True, budget=23),
+    Case(dp=4, uneven=True, budget=1000),  # two replicas without any trajectory
     Case(pp=3, budget=1000),  # fewer micro-batches than stages
 ]
 ROUNDED = [Case(dtype="bf16", tied=True), Case(tp=2, dtype="bf16"), Case(pp=2, dtype="bf16", tied=True)]
