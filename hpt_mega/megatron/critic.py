@@ -15,6 +15,7 @@ from torch import Tensor
 
 from hpt_mega.config import Config
 from hpt_mega.data.packing import MicroBatch
+from hpt_mega.megatron.context import own_queries
 from hpt_mega.megatron.model import PolicyModel
 from hpt_mega.megatron.optimizer import (
     DistributedDataParallel,
@@ -80,8 +81,8 @@ def build_critic(model: PolicyModel, policy: PolicyModel, cfg: Config, layout: L
 
 
 def _values_of(microbatch: MicroBatch, model: PolicyModel, hidden_SBH: Tensor, layout: Layout) -> Tensor:
-    hidden_NH = hidden_SBH[microbatch.query_positions_N, microbatch.rows_N]
-    return model.output_layer(hidden_NH)[:, 0].float()
+    own = own_queries(microbatch, layout)
+    return own.gather(model.output_layer(hidden_SBH[own.places_M, 0])[:, 0].float())
 
 
 def _value_loss(

@@ -91,6 +91,20 @@ class PolicyModel(GPTModel):
                 set_model_to_sequence_parallel(self, set_to=True)
             self.train(training)
 
+    def attention_share(self) -> float:
+        """Attention's work on a sequence of L tokens is this times L of the work of the layers' matrices.
+
+        Two products of 2 * L**2 / 2 * (heads * channels) multiply-adds beside 2 * L a matrix entry.
+        """
+        config = self.config
+        width = config.num_attention_heads * config.kv_channels
+        keys = config.num_query_groups * config.kv_channels
+        forward = config.ffn_hidden_size
+        if config.num_moe_experts:
+            shared = config.moe_shared_expert_intermediate_size or 0
+            forward = config.moe_router_topk * config.moe_ffn_hidden_size + shared
+        return width / (config.hidden_size * (2 * width + 2 * keys + 3 * forward))
+
     @property
     def first_layer(self) -> int:
         """The index in the whole model of this chunk's first layer."""
@@ -139,11 +153,12 @@ def transformer_config(shape: ModelShape, parallel: ParallelConfig, dtype: torch
         attention_dropout=0.0,
         tensor_model_parallel_size=parallel.tp,
         pipeline_model_parallel_size=parallel.pp,
+        context_parallel_size=parallel.cp,
         sequence_parallel=parallel.sequence_parallel,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype is torch.bfloat16,
-        variable_seq_lengths=parallel.pp > 1,  # each micro-batch is padded to its own longest sequence
+        variable_seq_lengths=parallel.pp > 1,  # each micro-batch has its own length
         moe_token_dispatcher_type="alltoall",  # the one that allows those varying lengths
         calculate_per_token_loss=True,  # the objective brings its own global denominator
         use_cpu_initialization=not on_gpu,

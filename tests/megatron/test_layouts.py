@@ -6,6 +6,7 @@ The reference is the paper's formula written out over one forward of each sequen
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -46,14 +47,18 @@ class Case:
     inert: int = 0  # micro-batches without a sequence
     uneven: bool = False  # the first replica gets all but one of the trajectories, the second that one
     dtype: str = "fp32"
+    cp: int = 1
 
     @property
     def parallel(self) -> ParallelConfig:
-        return ParallelConfig(self.tp, self.pp, self.dp, self.sequence_parallel, self.distributed_optimizer)
+        return ParallelConfig(
+            self.tp, self.pp, self.dp, self.sequence_parallel, self.distributed_optimizer, self.cp
+        )
 
     def __str__(self) -> str:
         flags = ("sequence_parallel", "distributed_optimizer", "tied", "uneven")
-        words = [f"tp{self.tp}pp{self.pp}dp{self.dp}", *(name for name in flags if getattr(self, name))]
+        sizes = f"tp{self.tp}cp{self.cp}pp{self.pp}dp{self.dp}"
+        words = [sizes, *(name for name in flags if getattr(self, name))]
         return "-".join([*words, f"budget{self.budget}", f"inert{self.inert}", self.dtype])
 
     def share(self, items: Sequence[Any], rank: int) -> list[Any]:
@@ -71,6 +76,11 @@ LAYOUTS = [
     Case(tp=2, sequence_parallel=True, tied=True),
     Case(pp=2),
     Case(pp=2, tied=True),
+    Case(cp=2),
+    Case(cp=2, tied=True),
+    Case(tp=2, cp=2, sequence_parallel=True),
+    Case(cp=2, pp=2, tied=True),
+    Case(cp=2, dp=2, distributed_optimizer=True),
     Case(dp=2),
     Case(dp=2, distributed_optimizer=True),
     Case(dp=2, distributed_optimizer=True, tied=True),
@@ -165,7 +175,8 @@ def reference(folder: Path) -> Reference:
 
 def megatron_gradients(cases: Sequence[Case], folders: dict[bool, Path]) -> dict[str, Any]:
     """For every case: this rank's gradients by HF name, metrics, and the norm before clipping."""
-    from hpt_mega.data.packing import collate, plan_microbatches
+    from hpt_mega.data.balancing import plan_microbatches
+    from hpt_mega.data.packing import collate, round_up
     from hpt_mega.megatron.step import Objective, forward_backward, update
     from hpt_mega.objective import algorithm
 
@@ -180,16 +191,17 @@ def megatron_gradients(cases: Sequence[Case], folders: dict[bool, Path]) -> dict
             torch.tensor([int(t.source) for t in everything]),
         ).tolist()
         mine = case.share(list(zip(everything, advantages, strict=True)), policy.layout.dp_rank)
-        lengths = [len(t) for t, _ in mine]
-        count = len(plan_microbatches(lengths, case.budget))
-        (most,) = policy.layout.max_over_world([count])
-        plan = plan_microbatches(lengths, case.budget, at_least=int(most))
-        plan += [[] for _ in range(case.inert)]
+        segment = 2 * case.cp if case.cp > 1 else 1
+        row = math.lcm(segment, case.cp * case.tp if case.sequence_parallel else 1)
+        plan = plan_microbatches([round_up(len(t), segment) for t, _ in mine], case.budget)[0]
+        (most,) = policy.layout.max_over_world([len(plan)])
+        plan += [[] for _ in range(int(most) - len(plan) + case.inert)]
         microbatches = [
             collate(
                 [mine[i][0] for i in part],
                 [mine[i][1] for i in part],
-                multiple_of=case.tp if case.sequence_parallel else 1,
+                segment_multiple=segment,
+                row_multiple=row,
             )
             for part in plan
         ]

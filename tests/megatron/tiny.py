@@ -109,10 +109,11 @@ class Policy:
 
     def _gather_gradient_shards(self) -> None:
         """Each data-parallel rank holds the sum for its share of a bucket only."""
-        for buffer in self.wrapped.buffers:
+        for buffer in self.wrapped.buffers + self.wrapped.expert_parallel_buffers:
+            group = buffer.data_parallel_group
             for bucket in buffer.buckets:
-                share = bucket.grad_data.chunk(self.layout.dp_size)[self.layout.dp_rank].clone()
-                dist.all_gather_into_tensor(bucket.grad_data, share, group=self.layout.dp_group)
+                share = bucket.grad_data.chunk(group.size())[group.rank()].clone()
+                dist.all_gather_into_tensor(bucket.grad_data, share, group=group)
 
 
 def given_gradient(name: str, shape: torch.Size, seed: int) -> Tensor:
