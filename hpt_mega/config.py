@@ -43,6 +43,7 @@ class ParallelConfig:
     vpp: int = 1  # interleaved pipeline: model chunks a stage
     ep: int = 1  # experts over tensor, context and data ranks
     etp: int = 1  # tensor parallelism inside an expert
+    stage_layers: list[int] = field(default_factory=list)  # of each of pp x vpp chunks; empty: evenly
     recompute: str = "none"  # none | selective | full: which activations the backward pass computes again
     overlap: bool = False  # reduce gradients while the backward pass goes on
 

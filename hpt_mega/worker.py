@@ -117,7 +117,8 @@ def build_learner(cfg: Config, layout: Layout, model: PolicyModel, shape: ModelS
     critic: Critic | None = None
     if estimator.needs_reference_model:
         reference = build_model(shape, cfg.parallel, layout, dtype)
-        reference.load_state_dict(model.state_dict())
+        for frozen, trained in zip(reference.chunks, model.chunks, strict=True):
+            frozen.load_state_dict(trained.state_dict())
     if estimator.needs_values:
         # the output layer of a tied model is its embedding, which the critic's head is not
         untied = replace(shape, tied=False)
@@ -138,8 +139,6 @@ def build_learner(cfg: Config, layout: Layout, model: PolicyModel, shape: ModelS
 
 def export(cfg: Config, layout: Layout, trainer: Trainer) -> None:
     """The trained policy as a Hugging Face folder, RUN_DIR/hf."""
-    if layout.dp_rank != 0:
-        return
     source = Path(cfg.model.path)
     config = HFCheckpoint(source).config
     family = family_for(config)

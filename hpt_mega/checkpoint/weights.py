@@ -42,6 +42,17 @@ def fill(
     layout: Layout,
 ) -> None:
     """Fill this rank's parameters from whole Hugging Face tensors, wherever they come from."""
+    for chunk in model.chunks:
+        _fill_chunk(chunk, tensors_of, family, shape, layout)
+
+
+def _fill_chunk(
+    model: PolicyModel,
+    tensors_of: Callable[[Entry], list[Tensor]],
+    family: Family,
+    shape: ModelShape,
+    layout: Layout,
+) -> None:
     _, expert_rank, expert_size = model.expert_place()
     for entry, parameter in own_entries(model, family, shape):
         tensors = tensors_of(entry)
@@ -63,13 +74,13 @@ def fill(
 def export_hf(
     model: PolicyModel, family: Family, shape: ModelShape, out: Path, source: Path, layout: Layout
 ) -> None:
-    """Write the model as a Hugging Face folder; all ranks of one replica call it, its first rank writes.
+    """Write the model as a Hugging Face folder; all ranks of the job call it, the first one writes.
 
     `source` is the folder that config, tokenizer and chat template are taken from. `out` appears, or is
     replaced, only when complete.
     """
     collector = _Collector(model, family, shape, layout)
-    if not layout.is_leader:
+    if layout.rank != 0:
         for entry in family.entries(shape):
             collector.whole_tensors(entry)
         return
@@ -99,20 +110,25 @@ def own_entries(model: PolicyModel, family: Family, shape: ModelShape) -> list[t
 
 
 class _Collector:
-    """Brings whole tensors to the first rank of a replica; its ranks ask for equal entries in one order.
+    """Brings whole tensors to the job's first rank; all ranks ask for equal entries in one order.
 
-    Raises MappingError where the ranks of the replica together do not hold the whole model.
+    Raises MappingError where the ranks together do not hold the whole model.
     """
 
     def __init__(self, model: PolicyModel, family: Family, shape: ModelShape, layout: Layout) -> None:
-        self._mine = {entry.megatron: parameter for entry, parameter in own_entries(model, family, shape)}
+        self._mine = {
+            entry.megatron: parameter
+            for chunk in model.chunks
+            for entry, parameter in own_entries(chunk, family, shape)
+        }
         self._shape = shape
         self._layout = layout
+        self._expert_groups = model.expert_groups()
         self._stage_of, self._blank = self._locate()
         compare(
             f"{family.name} table",
             {entry.megatron for entry in family.entries(shape)},
-            "parameters of one replica's ranks (expert parallelism spreads them over several)",
+            "parameters of the job's ranks",
             self._blank.keys(),
         )
         self.dtype = self._blank[EMBEDDING].dtype
@@ -126,20 +142,24 @@ class _Collector:
         }
 
     def whole_tensors(self, entry: Entry) -> list[Tensor]:
-        """The entry's Hugging Face tensors on the replica's first rank; elsewhere nothing."""
+        """The entry's Hugging Face tensors on the job's first rank; elsewhere nothing."""
         layout, stage = self._layout, self._stage_of[entry.megatron]
         if layout.pp_rank == stage:
-            whole = self._merge(entry)
-            if layout.tp_rank == 0 and stage != 0:
+            whole = self._merge(entry) if entry.expert is None else self._merge_expert(entry)
+            if layout.stage_rank(0) == 0 and stage != 0:
                 for tensor in whole:
-                    dist.send(tensor, layout.stage_rank(0), layout.pp_group)
-            return whole if layout.is_leader else []
-        return self._receive(entry, stage) if layout.is_leader else []
+                    dist.send(tensor, 0, layout.pp_group)
+            return whole if layout.rank == 0 else []
+        return self._receive(entry, stage) if layout.rank == 0 else []
 
     def _locate(self) -> tuple[dict[str, int], dict[str, Tensor]]:
         """The first pipeline stage that holds each parameter of the model, and a rank's part without data."""
         stages: list[dict[str, Tensor]] = [{} for _ in range(self._layout.pp_size)]
         mine = {name: torch.empty_like(part, device="meta") for name, part in self._mine.items()}
+        if self._expert_groups:
+            sharing: list[dict[str, Tensor]] = [{} for _ in range(self._expert_groups[1].size())]
+            dist.all_gather_object(sharing, mine, group=self._expert_groups[1])
+            mine = {name: part for parts in sharing for name, part in parts.items()}
         dist.all_gather_object(stages, mine, group=self._layout.pp_group)
         stage_of: dict[str, int] = {}
         blank: dict[str, Tensor] = {}
@@ -154,6 +174,26 @@ class _Collector:
         dist.all_gather(shards, part, group=self._layout.tp_group)
         return [tensor.contiguous() for tensor in entry.fusion.merge(shards, self._shape)]
 
+    def _merge_expert(self, entry: Entry) -> list[Tensor]:
+        """Its owners among the expert-parallel ranks put it together and send it to the others."""
+        assert (
+            self._expert_groups is not None and self._shape.experts is not None and entry.expert is not None
+        )
+        tensor_group, expert_group = self._expert_groups
+        if entry.megatron in self._mine:
+            part = self._mine[entry.megatron].detach().contiguous()
+            shards = [torch.empty_like(part) for _ in range(tensor_group.size())]
+            dist.all_gather(shards, part, group=tensor_group)
+            whole = [tensor.contiguous() for tensor in entry.fusion.merge(shards, self._shape)]
+        else:
+            device = next(iter(self._mine.values())).device
+            whole = [torch.empty_like(tensor, device=device) for tensor in self._planned(entry)]
+        if expert_group.size() > 1:
+            owner = entry.expert * expert_group.size() // self._shape.experts.count
+            for tensor in whole:
+                dist.broadcast(tensor, dist.get_global_rank(expert_group, owner), group=expert_group)
+        return whole
+
     def _receive(self, entry: Entry, stage: int) -> list[Tensor]:
         device = next(iter(self._mine.values())).device
         whole = [torch.empty_like(tensor, device=device) for tensor in self._planned(entry)]
@@ -162,9 +202,8 @@ class _Collector:
         return whole
 
     def _planned(self, entry: Entry) -> list[Tensor]:
-        return [
-            tensor.contiguous()
-            for tensor in entry.fusion.merge(
-                [self._blank[entry.megatron]] * self._layout.tp_size, self._shape
-            )
-        ]
+        shards = self._layout.tp_size
+        if entry.expert is not None and self._expert_groups is not None:
+            shards = self._expert_groups[0].size()
+        blank = [self._blank[entry.megatron]] * shards
+        return [tensor.contiguous() for tensor in entry.fusion.merge(blank, self._shape)]

@@ -21,10 +21,11 @@ from hpt_mega.data.packing import MicroBatch, collate, round_up
 from hpt_mega.megatron.critic import Critic
 from hpt_mega.megatron.model import PolicyModel
 from hpt_mega.megatron.optimizer import (
-    DistributedDataParallel,
+    DataParallel,
     MegatronOptimizer,
     learning_rate,
     set_learning_rate,
+    zero_gradients,
 )
 from hpt_mega.megatron.runtime import Layout
 from hpt_mega.megatron.state import load_state, save_state
@@ -39,7 +40,7 @@ class Learner:
 
     cfg: Config
     layout: Layout
-    policy: DistributedDataParallel
+    policy: DataParallel
     optimizer: MegatronOptimizer
     estimator: Estimator
     vocab_size: int
@@ -140,8 +141,7 @@ class Learner:
         metrics: Metrics = {"tokens_trained": tokens}
         if self.critic is not None:
             metrics |= self.critic.learn(microbatches, response_tokens, self.estimator)
-        self.policy.zero_grad_buffer()
-        self.optimizer.zero_grad()
+        zero_gradients(self.policy, self.optimizer)
         objective = self._objective(self._denominator(trajectories))
         sums = forward_backward(self.policy, microbatches, objective, self.layout)
         set_learning_rate(self.optimizer, rate)

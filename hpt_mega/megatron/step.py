@@ -16,7 +16,7 @@ from torch import Tensor
 from hpt_mega.data.packing import MicroBatch
 from hpt_mega.megatron.context import own_queries, own_tokens
 from hpt_mega.megatron.model import PolicyModel
-from hpt_mega.megatron.optimizer import DistributedDataParallel, MegatronOptimizer
+from hpt_mega.megatron.optimizer import DataParallel, MegatronOptimizer
 from hpt_mega.megatron.runtime import Layout
 from hpt_mega.objective import Estimator, TokenBatch
 from hpt_mega.objective.logprob import token_logprobs
@@ -98,7 +98,7 @@ class Objective:
 
 
 def forward_backward(
-    model: DistributedDataParallel, microbatches: Sequence[MicroBatch], loss: Loss, layout: Layout
+    model: DataParallel, microbatches: Sequence[MicroBatch], loss: Loss, layout: Layout
 ) -> Metrics:
     """Accumulate the gradient of the loss over this rank's micro-batches; every rank of the job calls it
     with equally many. Returns sums and maxima over the whole job."""
@@ -136,7 +136,7 @@ def update(optimizer: MegatronOptimizer) -> float:
 
 
 def _run_schedule(
-    model: DistributedDataParallel | PolicyModel,
+    model: DataParallel | PolicyModel,
     microbatches: Sequence[MicroBatch],
     forward: Callable[..., Any],
     *,
@@ -145,8 +145,8 @@ def _run_schedule(
     """Megatron's schedule for the layout; returns what the last stage made of each micro-batch."""
     results: list[Any] = get_forward_backward_func()(
         forward_step_func=forward,
-        data_iterator=iter(microbatches),
-        model=model,
+        data_iterator=[iter(microbatches) for _ in model.chunks],
+        model=list(model.chunks),
         num_microbatches=len(microbatches),
         seq_length=microbatches[0].tokens_1S.shape[1],  # a hint: lengths travel with each micro-batch
         micro_batch_size=1,
@@ -172,7 +172,7 @@ def _forward(
             max_seqlen_kv=microbatch.longest,
         ),
     )
-    policy = model.module if isinstance(model, DistributedDataParallel) else model
+    policy = model.module if isinstance(model, DataParallel) else model
 
     def of_hidden(hidden_SBH: Tensor, non_loss_data: bool = False) -> Any:
         return read(microbatch, policy, hidden_SBH, layout)
