@@ -140,7 +140,8 @@ class Policy:
         for entry, parameter in self.entries():
             whole = self._whole({entry.megatron: parameter.detach()})
             drawn = [given_gradient(name, tensor.shape, seed) for name, tensor in whole.items()]
-            part = entry.fusion.shard(drawn, self.shape, self.layout.tp_rank, self.layout.tp_size)
+            place = (0, 1) if entry.expert is not None else (self.layout.tp_rank, self.layout.tp_size)
+            part = entry.fusion.shard(drawn, self.shape, *place)
             parameter.main_grad.copy_(part)
 
     def _whole(self, mine: dict[str, Tensor]) -> dict[str, Tensor]:
