@@ -151,6 +151,12 @@ class TrainerConfig:
 
 
 @dataclass
+class DebugConfig:
+    save: str = ""  # a file that every step's trajectories are written to, as JSON lines
+    replay: str = ""  # such a file: train on its trajectories, sample none
+
+
+@dataclass
 class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
@@ -163,6 +169,7 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     critic: CriticConfig = field(default_factory=CriticConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    debug: DebugConfig = field(default_factory=DebugConfig)
     run_dir: str = "runs/latest"
     resume: str = "never"  # never | auto
     seed: int = 1234

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from hpt_mega.checkpoint.store import CheckpointStore
@@ -16,6 +17,7 @@ from hpt_mega.evaluation.heldout import Accuracy, evaluate, overall
 from hpt_mega.megatron.learner import Learner
 from hpt_mega.megatron.runtime import Layout
 from hpt_mega.megatron.step import Metrics
+from hpt_mega.replay import append_batch, read_batches
 from hpt_mega.rewards.pool import RewardPool
 from hpt_mega.rollout.engine import RolloutEngine, Sample, SamplingParams
 from hpt_mega.scheduler.blend import Schedule, schedule
@@ -57,6 +59,8 @@ class Trainer:
 
     def train_step(self) -> dict[str, Any]:
         """One step of HPT (arXiv 2509.04419, algorithm 1); returns its metrics."""
+        if self.cfg.debug.replay:
+            return self.replay_step()
         questions = self.loader.next_batch(self.step)
         rollouts = self.generate(questions)
         rewarded = self.reward(questions, rollouts)
@@ -68,11 +72,31 @@ class Trainer:
             pairs=self.learner.estimator.trains_on_pairs,
             first_group=self.layout.dp_rank * len(questions),
         )
+        if self.cfg.debug.save:
+            self.save_batch(plan.trajectories)
         metrics = self.learn(plan.trajectories)
         self.step += 1
         with self.timer.phase("sync"):
             self.engine.update_weights(policy_version=self.step)
         return {"step": self.step, **self._describe(rewarded, plan), **metrics}
+
+    def replay_step(self) -> dict[str, Any]:
+        """A step on the trajectories of a file, of which each replica brings an equal part."""
+        batch = read_batches(Path(self.cfg.debug.replay))[self.step + 1]
+        rank, size = self.layout.dp_rank, self.layout.dp_size
+        first, end = len(batch) * rank // size, len(batch) * (rank + 1) // size
+        metrics = self.learn(batch[first:end])
+        self.step += 1
+        with self.timer.phase("sync"):
+            self.engine.update_weights(policy_version=self.step)
+        return {"step": self.step, "trajectories": len(batch), "policy_version": self.step, **metrics}
+
+    def save_batch(self, trajectories: Sequence[Trajectory]) -> None:
+        """Keep the step's trajectories of all replicas for `debug.replay`."""
+        replicas = self.layout.gather_over_data(list(trajectories))
+        if self.layout.rank == 0:
+            everyone = [t for replica in replicas for t in replica]
+            append_batch(Path(self.cfg.debug.save), self.step + 1, everyone)
 
     def generate(self, questions: Sequence[Question]) -> list[list[Sample]]:
         """n samples of the current policy for each question; seeds follow from the step alone."""

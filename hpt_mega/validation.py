@@ -18,6 +18,7 @@ import torch
 from hpt_mega.config import Config, ConfigError
 from hpt_mega.data.demonstrations import WRITERS
 from hpt_mega.objective import Row, algorithm
+from hpt_mega.replay import read_batches
 from hpt_mega.rewards.pool import KINDS
 from hpt_mega.scheduler import gate
 
@@ -47,6 +48,7 @@ def validate(cfg: Config) -> None:
         _batch(cfg),
         _lengths(cfg, shape),
         _objective(cfg),
+        _debug(cfg),
         _run_folder(cfg),
     )
     found = list(checks)
@@ -300,6 +302,27 @@ def _gate_fits(row: Row, rollouts: bool, demonstrations: bool, gate_name: str) -
         yield (
             f"algorithm={row.name} would imitate its own rollouts, right or wrong, where gate {gate_name!r} "
             "keeps them; set gate=demonstrations"
+        )
+
+
+def _debug(cfg: Config) -> Problems:
+    if not cfg.debug.replay:
+        return
+    if cfg.debug.save:
+        yield "debug.save and debug.replay are both set; what is replayed is in a file already: leave out save"
+    file = Path(cfg.debug.replay)
+    if not file.is_file():
+        yield f"debug.replay={file}: no such file (looked for {file.absolute()}); debug.save=FILE writes one"
+        return
+    try:
+        steps = read_batches(file).keys()
+    except ValueError as error:
+        yield f"debug.replay: {error}"
+        return
+    if missing := [step for step in range(1, cfg.trainer.steps + 1) if step not in steps]:
+        yield (
+            f"debug.replay={file} holds {len(steps)} steps and no step {missing[0]}; "
+            f"trainer.steps is {cfg.trainer.steps}"
         )
 
 

@@ -22,6 +22,7 @@ from hpt_mega.objective import Estimator, TokenBatch
 from hpt_mega.objective.logprob import token_logprobs
 from hpt_mega.trajectory import Source
 
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32  # isort: skip
 from megatron.core.packed_seq_params import PackedSeqParams  # isort: skip
 from megatron.core.pipeline_parallel import get_forward_backward_func  # isort: skip
 
@@ -131,7 +132,11 @@ def update(optimizer: MegatronOptimizer) -> float:
     norm = float(optimizer.get_grad_norm())
     if not math.isfinite(norm):
         raise FloatingPointError(f"the gradient's norm is {norm}; lower optimizer.lr or inspect the batch")
-    optimizer.step()
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        parameters = part.get_parameters()
+        if parameters and part.config.clip_grad > 0:
+            clip_grad_by_total_norm_fp32(parameters, part.config.clip_grad, norm)
+    optimizer.step_with_ready_grads()
     return norm
 
 
