@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -154,30 +155,43 @@ REPLAYED = [
 ]
 
 
-def replay(folder: Path) -> list[str]:
+def replay(folder: Path, tokenizer: Path) -> list[str]:
     """One rollout batch of `hpt train`, saved and replayed under other layouts, through the command line."""
     batch = folder / "batch.jsonl"
+    save_llama(folder / "model", tied=True, vocabulary=49152)
+    for file in tokenizer.glob("*token*"):
+        shutil.copy(file, folder / "model")
+    shutil.copy(tokenizer / "chat_template.jinja", folder / "model")
     common = [
         "experiment=tiny",
         f"model.path={folder / 'model'}",
         "precision=fp32",
         "trainer.steps=1",
-        "trainer.questions_per_step=4",
-        "rollout.rollouts_per_question=4",
-        "algorithm=grpo",
-        "gate=both",
+        "trainer.questions_per_step=8",
+        "trainer.updates_per_step=2",
         "trainer.export_hf=false",
-        "trainer.updates_per_step=1",
+        "trainer.save_every=0",
+        "gate=both",
+        "optimizer.lr=1e-3",
+        "data.heldout_questions=1",
     ]
     hpt(folder / "saved", *common, "parallel.pp=1", f"debug.save={batch}")
-    lines = ["| layout | loss | beside one process |", "|---|---|---|"]
-    base = 0.0
+    lines = [json.loads(line) for line in batch.read_text().splitlines()]
+    for number, line in enumerate(line for line in lines if line["source"] == 0):
+        line["reward"] = float(number % 3 == 0)
+    batch.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    rows = [
+        "| layout | loss, both updates | beside one process | entropy | gradient norm |",
+        "|---|---|---|---|---|",
+    ]
+    base: dict[str, float] = {}
     for number, layout in enumerate(REPLAYED):
         record = hpt(folder / f"replay{number}", *common, *layout.split(), f"debug.replay={batch}")
-        base = base or record["loss"]
-        words = layout.replace("parallel.", "").replace("pp=1 ", "")
-        lines.append(f"| {words} | {record['loss']:.9f} | {abs(record['loss'] / base - 1):.1e} |")
-    return lines
+        base = base or record
+        apart = [f"{abs(record[name] / base[name] - 1):.1e}" for name in ("loss", "entropy", "grad_norm")]
+        words = layout.replace("parallel.", "").replace("trainer.", "").replace("pp=1", "").strip()
+        rows.append(f"| {words or 'one process'} | {record['loss']:.9f} | {' | '.join(apart)} |")
+    return rows
 
 
 def hpt(run_dir: Path, *overrides: str) -> dict[str, Any]:
@@ -210,6 +224,11 @@ def main() -> None:
             "the largest difference over the largest gradient. Loss and curves: relative.",
             "",
             *table(cases, folders),
+            "",
+            "One HPT batch of `hpt train debug.save=FILE` (rewards set by hand: a random model solves none), "
+            "trained on with `debug.replay=FILE` in two updates; at the second the policy has moved.",
+            "",
+            *replay(Path(name), options_.tokenizer),
         ]
     print("\n".join(lines), flush=True)
     if options_.out:

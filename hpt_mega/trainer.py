@@ -89,7 +89,16 @@ class Trainer:
         self.step += 1
         with self.timer.phase("sync"):
             self.engine.update_weights(policy_version=self.step)
-        return {"step": self.step, "trajectories": len(batch), "policy_version": self.step, **metrics}
+        questions = {t.group for t in batch}
+        demonstrated = {t.group for t in batch if t.source is Source.OFFLINE}
+        return {
+            "step": self.step,
+            "sft_fraction": len(demonstrated) / max(1, len(questions)),
+            "tokens_rollout": 0.0,
+            "trajectories": len(batch),
+            "policy_version": self.step,
+            **metrics,
+        }
 
     def save_batch(self, trajectories: Sequence[Trajectory]) -> None:
         """Keep the step's trajectories of all replicas for `debug.replay`."""

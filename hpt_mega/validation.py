@@ -309,7 +309,7 @@ def _debug(cfg: Config) -> Problems:
     if not cfg.debug.replay:
         return
     if cfg.debug.save:
-        yield "debug.save and debug.replay are both set; what is replayed is in a file already: leave out save"
+        yield "debug.save and debug.replay are both set; what is replayed is in a file already: drop save"
     file = Path(cfg.debug.replay)
     if not file.is_file():
         yield f"debug.replay={file}: no such file (looked for {file.absolute()}); debug.save=FILE writes one"

@@ -24,19 +24,19 @@ VOCABULARY = 97  # odd: tensor-parallel ranks pad it
 LAYERS = 6
 
 
-def save_llama(folder: Path, *, tied: bool) -> Path:
+def save_llama(folder: Path, *, tied: bool, vocabulary: int = VOCABULARY) -> Path:
     """Random weights that matter: large enough to bend the softmax, norms away from 1."""
     torch.manual_seed(11)
     model = LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=VOCABULARY,
+            vocab_size=vocabulary,
             hidden_size=48,
             num_hidden_layers=LAYERS,
             num_attention_heads=12,
             num_key_value_heads=6,
             head_dim=6,
             intermediate_size=84,
-            max_position_embeddings=128,
+            max_position_embeddings=512,
             rms_norm_eps=1e-5,
             tie_word_embeddings=tied,
             initializer_range=0.15,
