@@ -22,12 +22,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tests import ranks
 from tests.megatron import test_layouts as layouts
 from tests.megatron.test_layouts import Case
 from tests.megatron.tiny import build_policy, config, leave_job, save_llama, save_mixture
 from tests.ranks import run_ranks
 
 STEPS = 5
+ranks.DEADLINE_S = 1500.0  # all layouts of a size run in one job
 MORE = [  # beyond the layouts of the tests
     Case(tied=True, recompute="full"),
     Case(dp=2, distributed_optimizer=True, recompute="full"),
