@@ -33,7 +33,7 @@ def load_and_export(job: Job, names: tuple[str, ...], models: Path, out: Path) -
         for chunk in chunks:
             load_hf(chunk, checkpoint, family, shape, layout)
         computed[name] = logits(chunks, layout, shape)
-        if job.vpp is None and job.ep == 1 and layout.dp_rank == 0:
+        if job.vpp is None:
             export_hf(chunks[0], family, shape, out / name, models / name, layout)
     return computed
 
@@ -66,10 +66,13 @@ def test_every_family_computes_the_logits_of_transformers_and_exports_the_same_b
 
 
 @pytest.mark.parametrize("job", [Job(ep=2), Job(ep=2, tp=2, etp=1), Job(pp=3, ep=2)], ids=str)
-def test_experts_spread_over_ranks_compute_the_same_logits(
+def test_experts_spread_over_ranks_compute_the_same_logits_and_export_the_same_bits(
     job: Job, models: tuple[Path, dict[str, Tensor]], tmp_path: Path
 ) -> None:
     folder, expected = models
     computed = run_ranks(load_and_export, job.world_size, tmp_path, job, MIXTURES, folder, tmp_path)[-1]
     for name in MIXTURES:
         assert (computed[name] - expected[name]).abs().max().item() < 1e-4
+        assert (tmp_path / name / "model.safetensors").read_bytes() == (
+            folder / name / "model.safetensors"
+        ).read_bytes()
