@@ -74,6 +74,27 @@ def test_a_misuse_is_named_with_what_was_expected(
     assert expected in problems(f"model.path={model_folder()}", f"run_dir={tmp_path}/run", *overrides)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (("parallel.ep=3", "parallel.dp=3"), "parallel.ep is 3 and the model has 8 experts"),
+        (("parallel.ep=4", "parallel.dp=2"), "parallel.ep x etp is 4 x 1 = 4 and its ranks"),
+        (("parallel.tp=3",), "together with parallel.sequence_parallel=true"),
+        (
+            ("parallel.ep=2", "parallel.dp=2", "parallel.vpp=3"),
+            "would meet in different layers; set one of the two to 1",
+        ),
+    ],
+)
+def test_a_layout_that_does_not_fit_the_experts_is_named(
+    overrides: tuple[str, ...], expected: str, model_folder: MakeModel, tmp_path: Path
+) -> None:
+    folder = model_folder(num_experts=8)
+    fixed = (f"model.path={folder}", f"run_dir={tmp_path}/run", "trainer.questions_per_step=12")
+    assert expected in problems(*fixed, *overrides)
+    assert problems(*fixed, "parallel.ep=2", "parallel.dp=2") == ""
+
+
 def test_all_problems_are_listed_at_once(model_folder: MakeModel, tmp_path: Path) -> None:
     said = problems(
         f"model.path={model_folder()}", f"run_dir={tmp_path}/run", "parallel.pp=31", "trainer.steps=0"
