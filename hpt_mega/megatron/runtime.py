@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import random
 from collections.abc import Sequence
@@ -103,7 +104,7 @@ def initialize(cfg: Config) -> Layout:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, timeout=timedelta(seconds=cfg.trainer.deadline_s))
-    layout = _build_groups(cfg.parallel)
+    layout = _build_groups(cfg.parallel, timedelta(seconds=cfg.trainer.deadline_s))
     _seed(cfg, layout)
     return layout
 
@@ -116,7 +117,7 @@ def shutdown() -> None:
         dist.destroy_process_group()
 
 
-def _build_groups(parallel: ParallelConfig) -> Layout:
+def _build_groups(parallel: ParallelConfig, deadline: timedelta) -> Layout:
     from megatron.core import parallel_state as ps
 
     if dist.get_world_size() != parallel.world_size:
@@ -130,6 +131,7 @@ def _build_groups(parallel: ParallelConfig) -> Layout:
         context_parallel_size=parallel.cp,
         expert_model_parallel_size=parallel.ep,
         expert_tensor_parallel_size=parallel.etp,
+        distributed_timeout_minutes=math.ceil(deadline / timedelta(minutes=1)),
     )
     return Layout(
         rank=dist.get_rank(),
@@ -146,11 +148,11 @@ def _build_groups(parallel: ParallelConfig) -> Layout:
         pp_group=ps.get_pipeline_model_parallel_group(),
         cp_group=ps.get_context_parallel_group(),
         dp_group=ps.get_data_parallel_group(),
-        replica_group=_replica_group(parallel),
+        replica_group=_replica_group(parallel, deadline),
     )
 
 
-def _replica_group(parallel: ParallelConfig) -> dist.ProcessGroup:
+def _replica_group(parallel: ParallelConfig, deadline: timedelta) -> dist.ProcessGroup:
     """The ranks of this process's replica, whose order is tensor, context, data, pipeline (fastest first)."""
     inner = parallel.tp * parallel.cp
     stride = inner * parallel.dp
@@ -159,7 +161,7 @@ def _replica_group(parallel: ParallelConfig) -> dist.ProcessGroup:
         for replica in range(parallel.dp)
     ]
     mine: dist.ProcessGroup
-    mine, _ = dist.new_subgroups_by_enumeration(replicas)
+    mine, _ = dist.new_subgroups_by_enumeration(replicas, timeout=deadline)
     return mine
 
 

@@ -235,9 +235,12 @@ def megatron_gradients(cases: Sequence[Case], folders: dict[str, Path]) -> dict[
         mine = case.share(list(zip(everything, advantages, strict=True)), policy.layout.dp_rank)
         segment = 2 * case.cp if case.cp > 1 else 1
         row = math.lcm(segment, case.cp * case.tp if case.sequence_parallel else 1)
-        plan = plan_microbatches([round_up(len(t), segment) for t, _ in mine], case.budget)[0]
-        (most,) = policy.layout.max_over_world([len(plan)])
-        most = round_up(int(most) + case.inert, case.pp if case.vpp > 1 else 1)
+        shares = [case.share(everything, rank) for rank in range(case.dp)]
+        plans = [
+            plan_microbatches([round_up(len(t), segment) for t in share], case.budget)[0] for share in shares
+        ]
+        plan = plans[policy.layout.dp_rank]
+        most = round_up(max(map(len, plans)) + case.inert, case.pp if case.vpp > 1 else 1)
         plan += [[] for _ in range(most - len(plan))]
         microbatches = [
             collate(
