@@ -8,7 +8,10 @@ Peaks are of the resident set (VmHWM, reset before the phase), in MiB above what
 from __future__ import annotations
 
 import argparse
+import ctypes
+import gc
 import re
+import resource
 import tempfile
 from multiprocessing import current_process
 from pathlib import Path
@@ -49,6 +52,8 @@ class Peak:
     """The highest resident set within the block, in MiB above that at its start."""
 
     def __enter__(self) -> Peak:
+        gc.collect()
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # freed memory must not be taken for held
         Path("/proc/self/clear_refs").write_text("5")
         self.before = resident("VmRSS")
         return self
@@ -57,7 +62,9 @@ class Peak:
         self.above = resident("VmHWM") - self.before
 
 
-def measure(parallel: ParallelConfig, save: dict[str, Any] | None, folder: Path) -> dict[str, float]:
+def measure(
+    parallel: ParallelConfig, lengths: tuple[int, ...], save: dict[str, Any] | None, folder: Path
+) -> dict[str, float]:
     """Peaks of the second step and of a save, and the optimizer's bytes, on this rank."""
     from hpt_mega.data.packing import collate
     from hpt_mega.megatron import runtime, state
@@ -77,16 +84,17 @@ def measure(parallel: ParallelConfig, save: dict[str, Any] | None, folder: Path)
         torch.nn.init.ones_(parameter) if "norm" in name else torch.nn.init.normal_(parameter, std=0.02)
     wrapped = wrap_data_parallel(model, cfg)
     optimizer = build_optimizer(wrapped, cfg)
-    items = [Trajectory((1,) * 8, (2,) * (n - 8), i, Source.OFFLINE, 0) for i, n in enumerate(LENGTHS)]
+    items = [Trajectory((1,) * 8, (2,) * (n - 8), i, Source.OFFLINE, 0) for i, n in enumerate(lengths)]
     batch = [collate(items, [1.0] * len(items))]
-    objective = Objective(algorithm("sft"), float(sum(LENGTHS)), 1.0, shape.vocab_size)
+    objective = Objective(algorithm("sft"), float(sum(lengths)), 1.0, shape.vocab_size)
     for _ in range(2):  # the first makes the optimizer's state
         zero_gradients(wrapped, optimizer)
         with Peak() as step:
             forward_backward(wrapped, batch, objective, layout)
         update(optimizer)
-    held = resident("VmRSS")
-    found = {"step": step.above, "held": held, "save": 0.0}
+    with Peak() as idle:
+        pass
+    found = {"step": step.above, "held": idle.before, "save": 0.0, "child": 0.0}
     found["parameters"] = sum(p.numel() for p in model.parameters()) / 1e6
     parts = getattr(optimizer, "chained_optimizers", [optimizer])
     states = [s for part in parts for s in part.optimizer.state.values()]
@@ -96,6 +104,7 @@ def measure(parallel: ParallelConfig, save: dict[str, Any] | None, folder: Path)
         with Peak() as saving:
             state.save_state(folder, model, optimizer, {}, layout)
         found["save"] = saving.above
+        found["child"] = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
     runtime.shutdown()
     return found
 
@@ -110,16 +119,18 @@ SAVES = {
 }
 
 
-def job(parallel: ParallelConfig, save: dict[str, Any] | None = None) -> list[dict[str, float]]:
+def job(
+    parallel: ParallelConfig, lengths: tuple[int, ...], save: dict[str, Any] | None = None
+) -> list[dict[str, float]]:
     with tempfile.TemporaryDirectory() as results, tempfile.TemporaryDirectory() as folder:
-        return run_ranks(measure, parallel.world_size, Path(results), parallel, save, Path(folder))
+        return run_ranks(measure, parallel.world_size, Path(results), parallel, lengths, save, Path(folder))
 
 
 def recompute_table() -> list[str]:
     lines = ["| recompute | peak of forward and backward, MiB | beside none |", "|---|---|---|"]
     base = 0.0
     for mode in ("none", "selective", "full"):
-        (found,) = job(ParallelConfig(pp=1, recompute=mode))
+        (found,) = job(ParallelConfig(pp=1, recompute=mode), LENGTHS)
         base = base or found["step"]
         lines.append(f"| {mode} | {found['step']:.0f} | {found['step'] / base:.2f} |")
         print(lines[-1], flush=True)
@@ -129,17 +140,20 @@ def recompute_table() -> list[str]:
 def optimizer_table() -> list[str]:
     lines = [
         "| ranks | distributed optimizer | Adam's moments a rank, MiB | resident after a step, MiB "
-        "| highest peak of a save, MiB |",
-        "|---|---|---|---|---|",
+        "| peak of a save above it, MiB | largest writer process, MiB |",
+        "|---|---|---|---|---|---|",
     ]
     for dp in (2, 4):
         rows: list[tuple[str, bool, dict[str, Any] | None]] = [("no", False, {})]
         rows += [(f"yes; {name}", True, save) for name, save in SAVES.items()]
         for name, sharded, save in rows:
             parallel = ParallelConfig(pp=1, dp=dp, distributed_optimizer=sharded)
-            ranks = job(parallel, save)
+            ranks = job(parallel, (60, 40), save)
             most = {key: max(rank[key] for rank in ranks) for key in ranks[0]}
-            lines.append(f"| {dp} | {name} | {most['state']:.0f} | {most['held']:.0f} | {most['save']:.0f} |")
+            lines.append(
+                columns = [f"{most[key]:.0f}" for key in ("state", "held", "save", "child")]
+                lines.append(f"| {dp} | {name} | {' | '.join(columns)} |")
+            )
             print(lines[-1], flush=True)
     return lines
 
@@ -151,6 +165,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     size = sum(LENGTHS)
+    optimizer = optimizer_table()
     lines = [
         "# Memory of layouts",
         "",
@@ -158,7 +173,7 @@ def main() -> None:
         "",
         *recompute_table(),
         "",
-        *optimizer_table(),
+        *optimizer,
     ]
     if options.out:
         options.out.write_text("\n".join(lines) + "\n")
