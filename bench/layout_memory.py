@@ -110,7 +110,7 @@ def measure(
 
 
 SAVES = {
-    "fully_reshardable (megatron-core's default way)": {"distrib_optim_sharding_type": "fully_reshardable"},
+    "fully_reshardable": {"distrib_optim_sharding_type": "fully_reshardable"},
     "fully_reshardable, memory efficient": {
         "distrib_optim_sharding_type": "fully_reshardable",
         "distrib_optim_fully_reshardable_mem_efficient": True,
