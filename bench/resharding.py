@@ -90,7 +90,7 @@ def measure(client: VLLMClient, model: Path, folder: Path) -> dict[str, list[flo
             found.setdefault(phase, []).append(seconds)
         timed(
             "gather and save",
-            lambda: export_hf([policy.model], policy.family, policy.shape, folder, model, policy.layout),
+            lambda: export_hf(policy.model, policy.family, policy.shape, folder, model, policy.layout),
         )
         timed("reload", lambda: reload(client, folder) if leads else None)
     return found

@@ -1,9 +1,10 @@
-"""Training speed beside transformers: the same weights, trajectories, micro-batches and dtype, turn by turn.
+"""Training speed beside transformers: the same weights, trajectories, budget and dtype, turn by turn.
 
     python bench/train_speed.py --out bench/results/train_speed.md
 
 One process with all cores each. A step is forward, backward, clipping and AdamW over the demo's questions
-with their demonstrations; transformers computes the mean negative log-likelihood of the same tokens.
+with their demonstrations, packed here and right-padded for transformers, which computes the mean negative
+log-likelihood of the same tokens.
 """
 
 from __future__ import annotations
@@ -19,12 +20,14 @@ os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR":
 os.environ.setdefault("MASTER_PORT", "29533")
 
 import torch
+from packing import padded_plan
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hpt_mega.checkpoint.hf import HFCheckpoint
 from hpt_mega.checkpoint.weights import load_hf
 from hpt_mega.config import Config, compose
-from hpt_mega.data.packing import MicroBatch, collate, plan_microbatches
+from hpt_mega.data.balancing import plan_microbatches
+from hpt_mega.data.packing import MicroBatch, collate
 from hpt_mega.data.questions import load_questions
 from hpt_mega.megatron import runtime
 from hpt_mega.megatron.model import DTYPES, build_model
@@ -67,8 +70,9 @@ def transformers_step(cfg: Config) -> Step:
         tokens = sum(len(microbatch.targets_N) for microbatch in microbatches)
         optimizer.zero_grad()
         for microbatch in microbatches:
-            logits_BSV = model(microbatch.tokens_BS).logits  # right-padded: causal attention needs no mask
-            logits_NV = logits_BSV[microbatch.rows_N, microbatch.query_positions_N].float()
+            tokens_BS = microbatch.tokens_1S.view(-1, microbatch.longest)
+            logits_BSV = model(tokens_BS).logits  # right-padded: causal attention needs no mask
+            logits_NV = logits_BSV.flatten(0, 1)[microbatch.places_N].float()
             nll = torch.nn.functional.cross_entropy(logits_NV, microbatch.targets_N, reduction="sum")
             (nll / tokens).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -77,11 +81,20 @@ def transformers_step(cfg: Config) -> Step:
     return step
 
 
-def batch(cfg: Config, sequences: int) -> list[MicroBatch]:
+def batches(cfg: Config, sequences: int) -> tuple[list[MicroBatch], list[MicroBatch]]:
+    """The sequences packed, and right-padded to the longest of each micro-batch, within the same budget."""
     questions = load_questions(cfg.data, AutoTokenizer.from_pretrained(cfg.model.path)).train[:sequences]
     trajectories = [demonstration(question, index, 0) for index, question in enumerate(questions)]
-    plan = plan_microbatches([len(t) for t in trajectories], cfg.trainer.tokens_per_microbatch)
-    return [collate([trajectories[i] for i in part], [1.0] * len(part)) for part in plan]
+    sizes, budget = [len(t) for t in trajectories], cfg.trainer.tokens_per_microbatch
+    packed = [
+        collate([trajectories[i] for i in part], [1.0] * len(part))
+        for part in plan_microbatches(sizes, budget)[0]
+    ]
+    padded = [
+        collate([trajectories[i] for i in part], [1.0] * len(part), segment_multiple=sizes[part[0]])
+        for part in padded_plan(sizes, budget)
+    ]
+    return packed, padded
 
 
 def main() -> None:
@@ -102,11 +115,11 @@ def main() -> None:
     for dtype in ("bf16", "fp32"):
         cfg = compose(["experiment=demo", "parallel=single", f"precision={dtype}"])
         ours, theirs = megatron_step(cfg), transformers_step(cfg)
-        microbatches = batch(cfg, options.sequences)
-        tokens = sum(microbatch.tokens_BS.numel() for microbatch in microbatches)
+        packed, padded = batches(cfg, options.sequences)
+        tokens = sum(microbatch.tokens_1S.numel() for microbatch in packed)  # none of them padding
         seconds: dict[str, list[float]] = {"ours": [], "theirs": []}
         for round_ in range(options.rounds + 1):
-            for name, step in (("ours", ours), ("theirs", theirs)):
+            for name, step, microbatches in (("ours", ours, packed), ("theirs", theirs, padded)):
                 begun = time.perf_counter()
                 step(microbatches)
                 if round_:  # the first is warm-up

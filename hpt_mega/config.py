@@ -41,10 +41,24 @@ class ParallelConfig:
     dp: int = 1
     sequence_parallel: bool = False
     distributed_optimizer: bool = False
+    cp: int = 1  # context: the tokens of each sequence over ranks
+    vpp: int = 1  # interleaved pipeline: model chunks a stage
+    ep: int = 1  # experts over tensor, context and data ranks
+    etp: int = 1  # tensor parallelism inside an expert
+    stage_layers: list[int] = field(default_factory=list)  # of each of pp x vpp chunks; empty: evenly
+    recompute: str = "none"  # none | selective | full: which activations the backward pass computes again
+    overlap: bool = False  # reduce gradients while the backward pass goes on
 
     @property
     def world_size(self) -> int:
-        return self.tp * self.pp * self.dp
+        return self.tp * self.cp * self.pp * self.dp
+
+    @property
+    def product(self) -> str:
+        """The number of processes as a sentence's subject."""
+        return (
+            f"parallel.tp x cp x pp x dp = {self.tp} x {self.cp} x {self.pp} x {self.dp} = {self.world_size}"
+        )
 
 
 @dataclass
@@ -219,6 +233,12 @@ class TrainerConfig:
 
 
 @dataclass
+class DebugConfig:
+    save: str = ""  # a file that every step's trajectories are written to, as JSON lines
+    replay: str = ""  # such a file: train on its trajectories, sample none
+
+
+@dataclass
 class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
@@ -232,6 +252,7 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     critic: CriticConfig = field(default_factory=CriticConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    debug: DebugConfig = field(default_factory=DebugConfig)
     run_dir: str = "runs/latest"
     resume: str = "never"  # never | auto
     seed: int = 1234

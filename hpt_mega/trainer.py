@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from hpt_mega.checkpoint.store import CheckpointStore
@@ -17,6 +18,7 @@ from hpt_mega.evaluation.heldout import NONE, Accuracy, evaluate, overall
 from hpt_mega.megatron.learner import Learner
 from hpt_mega.megatron.runtime import Layout
 from hpt_mega.megatron.step import Metrics
+from hpt_mega.replay import append_batch, read_batches
 from hpt_mega.rewards.math import Verdict
 from hpt_mega.rewards.pool import RewardPool
 from hpt_mega.rollout.engine import Collect, EngineError, RolloutEngine, Sample, SamplingParams
@@ -60,6 +62,8 @@ class Trainer:
 
     def train_step(self) -> dict[str, Any]:
         """One step of HPT (arXiv 2509.04419, algorithm 1); returns its metrics."""
+        if self.cfg.debug.replay:
+            return self.replay_step()
         questions, rollouts = self.rollouts()
         rewarded = self.reward(questions, rollouts)
         self.observe(rewarded)
@@ -71,11 +75,40 @@ class Trainer:
             pairs=self.learner.estimator.trains_on_pairs,
             first_group=self.layout.dp_rank * len(questions),
         )
+        if self.cfg.debug.save:
+            self.save_batch(plan.trajectories)
         metrics = self.learn(plan.trajectories)
         self.step += 1
         with self.timer.phase("sync"):
             metrics |= self.engine.update_weights(policy_version=self.step)
         return {"step": self.step, **self._describe(rewarded, plan), **metrics}
+
+    def replay_step(self) -> dict[str, Any]:
+        """A step on the trajectories of a file, of which each replica brings an equal part."""
+        batch = read_batches(Path(self.cfg.debug.replay))[self.step + 1]
+        rank, size = self.layout.dp_rank, self.layout.dp_size
+        first, end = len(batch) * rank // size, len(batch) * (rank + 1) // size
+        metrics = self.learn(batch[first:end])
+        self.step += 1
+        with self.timer.phase("sync"):
+            metrics |= self.engine.update_weights(policy_version=self.step)
+        questions = {t.group for t in batch}
+        demonstrated = {t.group for t in batch if t.source is Source.OFFLINE}
+        return {
+            "step": self.step,
+            "sft_fraction": len(demonstrated) / max(1, len(questions)),
+            "tokens_rollout": 0.0,
+            "trajectories": len(batch),
+            "policy_version": self.step,
+            **metrics,
+        }
+
+    def save_batch(self, trajectories: Sequence[Trajectory]) -> None:
+        """Keep the step's trajectories of all replicas for `debug.replay`."""
+        replicas = self.layout.gather_over_data(list(trajectories))
+        if self.layout.rank == 0:
+            everyone = [t for replica in replicas for t in replica]
+            append_batch(Path(self.cfg.debug.save), self.step + 1, everyone)
 
     def rollouts(self) -> tuple[Sequence[Question], list[list[Sample]]]:
         """This step's questions with n samples each, asked for up to `rollout.staleness` steps ago.

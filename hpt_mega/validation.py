@@ -24,6 +24,7 @@ from hpt_mega.data.store import is_prepared
 from hpt_mega.data.templates import TEMPLATES
 from hpt_mega.megatron.fp8 import AMAX_ALGORITHMS, FORMATS, RECIPES, align_of
 from hpt_mega.objective import Row, algorithm
+from hpt_mega.replay import read_batches
 from hpt_mega.rewards.function import load_function
 from hpt_mega.rewards.pool import KINDS, is_kind
 from hpt_mega.scheduler import gate
@@ -32,6 +33,7 @@ ENGINES = ("megatron", "vllm")
 PRECISIONS = ("bf16", "fp32")
 SCHEDULES = ("constant", "cosine", "linear")
 RESUME = ("never", "auto")
+RECOMPUTE = ("none", "selective", "full")
 
 Problems = Iterator[str]
 
@@ -48,11 +50,14 @@ def validate(cfg: Config) -> None:
         _names(cfg),
         _layout(cfg, shape),
         _fp8(cfg, shape),
+        _pipeline(cfg, shape),
+        _experts(cfg, shape),
         _processes(cfg),
         _batch(cfg),
         _lengths(cfg, shape),
         _objective(cfg),
         _servers(cfg, shape),
+        _debug(cfg),
         _run_folder(cfg),
     )
     found = list(checks)
@@ -86,7 +91,8 @@ def _read_model(folder: Path) -> tuple[Mapping[str, Any], list[str]]:
 
 def _numbers(cfg: Config) -> Problems:
     above_zero = (
-        "parallel.tp parallel.pp parallel.dp data.train_questions data.heldout_questions "
+        "parallel.tp parallel.cp parallel.pp parallel.dp parallel.vpp parallel.ep parallel.etp "
+        "data.train_questions data.heldout_questions "
         "data.max_prompt_tokens data.max_demonstration_tokens reward.workers reward.deadline_s "
         "reward.memory_mib evaluation.samples evaluation.top_p "
         "rollout.max_new_tokens rollout.max_sequences rollout.top_p rollout.server.tp "
@@ -125,6 +131,7 @@ def _names(cfg: Config) -> Problems:
         ("data.reader", cfg.data.reader, READERS),
         ("optimizer.schedule", cfg.optimizer.schedule, SCHEDULES),
         ("resume", cfg.resume, RESUME),
+        ("parallel.recompute", cfg.parallel.recompute, RECOMPUTE),
     ):
         if value not in known:
             yield f"{key} is {value!r}, expected {' or '.join(known)}"
@@ -190,10 +197,65 @@ def _layout(cfg: Config, shape: Mapping[str, Any]) -> Problems:
         if count and parallel.tp > 0 and count % parallel.tp:
             fitting = _divisors(count, heads)
             yield f"parallel.tp is {parallel.tp} and the model has {count} {what}; expected one of {fitting}"
-    layers = shape.get("num_hidden_layers")
-    if layers and parallel.pp > 0 and layers % parallel.pp:
-        fitting = _divisors(layers, layers)
-        yield f"parallel.pp is {parallel.pp} and the model has {layers} layers; expected one of {fitting}"
+    if parallel.cp > 1 and "kv_lora_rank" in shape and not torch.cuda.is_available():
+        yield f"parallel.cp is {parallel.cp}; latent attention has no context parallelism on the CPU, set 1"
+
+
+def _pipeline(cfg: Config, shape: Mapping[str, Any]) -> Problems:
+    parallel, layers = cfg.parallel, shape.get("num_hidden_layers")
+    if parallel.vpp > 1 and parallel.pp == 1:
+        yield f"parallel.vpp is {parallel.vpp} and parallel.pp is 1; an interleaved pipeline needs pp above 1"
+    if min(parallel.pp, parallel.vpp) < 1 or not layers:
+        return
+    chunks = parallel.pp * parallel.vpp
+    if parallel.stage_layers:
+        given = parallel.stage_layers
+        if len(given) != chunks or sum(given) != layers or min(given) < 1:
+            yield (
+                f"parallel.stage_layers is {given}; expected parallel.pp x vpp = {chunks} numbers above 0 "
+                f"that add up to the model's {layers} layers"
+            )
+    elif chunks > layers:
+        yield (
+            f"parallel.pp x vpp is {parallel.pp} x {parallel.vpp} = {chunks} and the model has {layers} "
+            "layers; each chunk needs one"
+        )
+
+
+def _experts(cfg: Config, shape: Mapping[str, Any]) -> Problems:
+    parallel = cfg.parallel
+    count = next((shape[key] for key in _EXPERT_COUNTS if shape.get(key)), None)
+    if count is None:
+        for key in ("ep", "etp"):
+            if getattr(parallel, key) > 1:
+                yield f"parallel.{key} is {getattr(parallel, key)} and the model has no experts; set 1"
+        return
+    if min(parallel.tp, parallel.cp, parallel.dp, parallel.ep, parallel.etp) < 1:
+        return
+    if count % parallel.ep:
+        fitting = _divisors(count, count)
+        yield f"parallel.ep is {parallel.ep} and the model has {count} experts; expected one of {fitting}"
+    ranks, wanted = parallel.tp * parallel.cp * parallel.dp, parallel.ep * parallel.etp
+    if ranks % wanted:
+        yield (
+            f"parallel.ep x etp is {parallel.ep} x {parallel.etp} = {wanted} and its ranks are those of tp x "
+            f"cp x dp = {ranks}; expected a divisor of that"
+        )
+    if parallel.tp > 1 and not parallel.sequence_parallel:
+        yield (
+            f"the model has experts and parallel.tp is {parallel.tp}; megatron-core trains them with tensor "
+            "parallelism only together with parallel.sequence_parallel=true"
+        )
+    if parallel.etp > 1 and not torch.cuda.is_available():
+        yield f"parallel.etp is {parallel.etp}; over gloo the experts' exchange works with etp=1 only"
+    if cfg.rollout.engine == "megatron" and parallel.ep > 1 and parallel.vpp > 1:
+        yield (
+            f"rollout.engine=megatron cannot decode with parallel.ep={parallel.ep} and vpp={parallel.vpp}: "
+            "the replicas that share experts would meet in different layers; set one of the two to 1"
+        )
+
+
+_EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")  # of Qwen, Mixtral, DeepSeek
 
 
 _TE_TRUST = "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"
@@ -270,7 +332,7 @@ def _divisors(number: int, limit: int | None) -> str:
 
 def _processes(cfg: Config) -> Problems:
     parallel = cfg.parallel
-    wanted = f"parallel.tp x pp x dp = {parallel.tp} x {parallel.pp} x {parallel.dp} = {parallel.world_size}"
+    wanted = parallel.product
     started = os.environ.get("WORLD_SIZE")
     nodes = os.environ.get("SLURM_JOB_NUM_NODES", "1")
     gpus = torch.cuda.device_count()
@@ -280,7 +342,7 @@ def _processes(cfg: Config) -> Problems:
     elif nodes != "1":
         yield f"this SLURM job has {nodes} nodes, `hpt train` starts processes on one; use srun torchrun"
     elif 0 < gpus < parallel.world_size:
-        yield f"{wanted} processes are wanted and this machine has {gpus} GPUs; lower one of the three"
+        yield f"{wanted} processes are wanted and this machine has {gpus} GPUs; lower one of them"
 
 
 def _batch(cfg: Config) -> Problems:
@@ -361,6 +423,11 @@ def _servers(cfg: Config, shape: Mapping[str, Any]) -> Problems:
                 "busy with training; set rollout=vllm, or staleness 0"
             )
         return
+    if cfg.parallel.ep > 1:
+        yield (
+            f"parallel.ep is {cfg.parallel.ep} and rollout.engine {rollout.engine}: a server is brought the "
+            "weights of one replica, which lacks the others' experts; set ep=1 or rollout=megatron"
+        )
     if importlib.util.find_spec("vllm") is None:
         yield (
             "rollout.engine is vllm, which is not installed; on GPUs `pip install -e '.[vllm]'`, without one "
@@ -387,6 +454,27 @@ def _gate_fits(row: Row, rollouts: bool, demonstrations: bool, gate_name: str) -
         yield (
             f"algorithm={row.name} would imitate its own rollouts, right or wrong, where gate {gate_name!r} "
             "keeps them; set gate=demonstrations"
+        )
+
+
+def _debug(cfg: Config) -> Problems:
+    if not cfg.debug.replay:
+        return
+    if cfg.debug.save:
+        yield "debug.save and debug.replay are both set; what is replayed is in a file already: drop save"
+    file = Path(cfg.debug.replay)
+    if not file.is_file():
+        yield f"debug.replay={file}: no such file (looked for {file.absolute()}); debug.save=FILE writes one"
+        return
+    try:
+        steps = read_batches(file).keys()
+    except ValueError as error:
+        yield f"debug.replay: {error}"
+        return
+    if missing := [step for step in range(1, cfg.trainer.steps + 1) if step not in steps]:
+        yield (
+            f"debug.replay={file} holds {len(steps)} steps and no step {missing[0]}; "
+            f"trainer.steps is {cfg.trainer.steps}"
         )
 
 

@@ -187,7 +187,8 @@ def build_learner(cfg: Config, layout: Layout, model: PolicyModel, shape: ModelS
     critic: Critic | None = None
     if estimator.needs_reference_model:
         reference = build_model(shape, cfg.parallel, layout, dtype, fp8=cfg.precision.fp8)
-        reference.load_state_dict(model.state_dict())
+        for frozen, trained in zip(reference.chunks, model.chunks, strict=True):
+            frozen.load_state_dict(trained.state_dict())
     if estimator.needs_values:
         # the output layer of a tied model is its embedding, which the critic's head is not
         untied = replace(shape, tied=False)
@@ -212,7 +213,7 @@ def export(cfg: Config, layout: Layout, trainer: Trainer) -> None:
     config = HFCheckpoint(source).config
     family = family_for(config)
     export_hf(
-        [trainer.learner.policy.module],
+        trainer.learner.policy.module,
         family,
         family.read_shape(config),
         Path(cfg.run_dir) / "hf",

@@ -38,7 +38,11 @@ def test_the_default_config_and_every_algorithm_are_accepted(model_folder: MakeM
     [
         (("parallel.tp=2",), "parallel.tp is 2 and the model has 9 attention heads; expected one of 1, 3, 9"),
         (("parallel.tp=9",), "the model has 3 key/value heads; expected one of 1, 3"),
-        (("parallel.pp=4",), "parallel.pp is 4 and the model has 30 layers; expected one of 1, 2, 3, 5, 6"),
+        (("parallel.pp=16", "parallel.vpp=2"), "16 x 2 = 32 and the model has 30 layers"),
+        (("parallel.pp=1", "parallel.vpp=2"), "an interleaved pipeline needs pp above 1"),
+        (("parallel.pp=2", "parallel.stage_layers=[14,15]"), "expected parallel.pp x vpp = 2 numbers"),
+        (("parallel.ep=2",), "parallel.ep is 2 and the model has no experts"),
+        (("parallel.recompute=some",), "parallel.recompute is 'some', expected none or selective or full"),
         (("parallel.pp=0",), "parallel.pp is 0, expected above 0"),
         (("parallel.sequence_parallel=true",), "parallel.tp is 1"),
         (("parallel.dp=3", "trainer.questions_per_step=16"), "expected 15 or 18"),
@@ -99,9 +103,30 @@ def test_resuming_delayed_scaling_on_a_gpu_asks_for_trust_in_the_checkpoint(
     assert problems(*given, "precision=fp8_delayed") == ""
 
 
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (("parallel.ep=3", "parallel.dp=3"), "parallel.ep is 3 and the model has 8 experts"),
+        (("parallel.ep=4", "parallel.dp=2"), "parallel.ep x etp is 4 x 1 = 4 and its ranks"),
+        (("parallel.tp=3",), "together with parallel.sequence_parallel=true"),
+        (
+            ("parallel.ep=2", "parallel.dp=2", "parallel.vpp=3"),
+            "would meet in different layers; set one of the two to 1",
+        ),
+    ],
+)
+def test_a_layout_that_does_not_fit_the_experts_is_named(
+    overrides: tuple[str, ...], expected: str, model_folder: MakeModel, tmp_path: Path
+) -> None:
+    folder = model_folder(num_experts=8)
+    fixed = (f"model.path={folder}", f"run_dir={tmp_path}/run", "trainer.questions_per_step=12")
+    assert expected in problems(*fixed, *overrides)
+    assert problems(*fixed, "parallel.ep=2", "parallel.dp=2") == ""
+
+
 def test_all_problems_are_listed_at_once(model_folder: MakeModel, tmp_path: Path) -> None:
     said = problems(
-        f"model.path={model_folder()}", f"run_dir={tmp_path}/run", "parallel.pp=7", "trainer.steps=0"
+        f"model.path={model_folder()}", f"run_dir={tmp_path}/run", "parallel.pp=31", "trainer.steps=0"
     )
     assert said.startswith("2 problems")
     assert "1. trainer.steps" in said
@@ -127,7 +152,7 @@ def test_the_number_of_started_processes_must_be_that_of_the_layout(
 ) -> None:
     fixed = (f"model.path={model_folder()}", f"run_dir={tmp_path}/run", "parallel.pp=2", "parallel.dp=1")
     monkeypatch.setenv("WORLD_SIZE", "3")
-    assert "WORLD_SIZE is 3 and parallel.tp x pp x dp = 1 x 2 x 1 = 2" in problems(*fixed)
+    assert "WORLD_SIZE is 3 and parallel.tp x cp x pp x dp = 1 x 1 x 2 x 1 = 2" in problems(*fixed)
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert problems(*fixed) == ""
     monkeypatch.delenv("WORLD_SIZE")

@@ -6,7 +6,7 @@ their parts to the first one, which writes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,17 @@ def fill(
     layout: Layout,
 ) -> None:
     """Fill this rank's parameters from whole Hugging Face tensors, wherever they come from."""
+    for chunk in model.chunks:
+        _fill_chunk(chunk, tensors_of, family, shape, layout)
+
+
+def _fill_chunk(
+    model: PolicyModel,
+    tensors_of: Callable[[Entry], list[Tensor]],
+    family: Family,
+    shape: ModelShape,
+    layout: Layout,
+) -> None:
     _, expert_rank, expert_size = model.expert_place()
     for entry, parameter in own_entries(model, family, shape):
         tensors = tensors_of(entry)
@@ -66,7 +77,7 @@ def fill(
 
 
 def export_hf(
-    chunks: Sequence[PolicyModel],
+    model: PolicyModel,
     family: Family,
     shape: ModelShape,
     out: Path,
@@ -76,11 +87,10 @@ def export_hf(
 ) -> None:
     """Write the model as a Hugging Face folder. Every rank of the job calls it, the first one writes.
 
-    `chunks` are the rank's part of the model: one, or as many as its pipeline stage is interleaved. `source`
-    is the folder that config, tokenizer and chat template are taken from; `context` changes the config as in
-    hf.with_context. `out` appears, or is replaced, only when complete.
+    `source` is the folder that config, tokenizer and chat template are taken from; `context` changes the
+    config as in hf.with_context. `out` appears, or is replaced, only when complete.
     """
-    collector = _Collector(chunks, family, shape, layout)
+    collector = _Collector(model, family, shape, layout)
     if not collector.takes_part:
         return
     if layout.rank != 0:
@@ -119,12 +129,10 @@ class _Collector:
     hold each expert. Raises MappingError where they together do not hold the whole model.
     """
 
-    def __init__(
-        self, chunks: Sequence[PolicyModel], family: Family, shape: ModelShape, layout: Layout
-    ) -> None:
+    def __init__(self, model: PolicyModel, family: Family, shape: ModelShape, layout: Layout) -> None:
         self._mine = {
             entry.megatron: parameter
-            for chunk in chunks
+            for chunk in model.chunks
             for entry, parameter in own_entries(chunk, family, shape)
         }
         self._shape = shape

@@ -1,9 +1,14 @@
-"""From trajectories to padded micro-batches of about equal token counts. Torch only, no model."""
+"""From trajectories to packed micro-batches: sequences end to end in one row. Torch only, no model.
+
+Which sequences share a micro-batch is balancing.py's business.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,17 +18,22 @@ from hpt_mega.trajectory import Source, Trajectory
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """B right-padded sequences of S tokens, and where their N response tokens are predicted.
+    """B sequences laid end to end in a row of S tokens, and where their N response tokens are predicted.
 
-    Response token n of the micro-batch is `targets_N[n]`; it is predicted from the hidden state at
-    (`query_positions_N[n]`, `rows_N[n]`) and stands in column `columns_N[n]` of the [B, T] tensors.
-    Those that may be None are there only where the trajectories carry them.
+    Segment k of the row is [boundaries_K[k], boundaries_K[k + 1]): a sequence with the padding that context
+    parallelism asks for, at last the padding that rounds the row. No token sees another segment, and
+    positions count from each segment's start. Response token n is `targets_N[n]`; it is predicted from the
+    hidden state at `places_N[n]` of the row and stands at (`rows_N[n]`, `columns_N[n]`) of the [B, T]
+    tensors. Those that may be None are there only where the trajectories carry them.
     """
 
-    tokens_BS: Tensor
+    tokens_1S: Tensor
+    positions_1S: Tensor
+    boundaries_K: Tensor  # int32
+    longest: int  # segment
     rows_N: Tensor
     columns_N: Tensor
-    query_positions_N: Tensor
+    places_N: Tensor
     targets_N: Tensor
     mask_BT: Tensor
     rollout_logp_BT: Tensor
@@ -38,12 +48,8 @@ class MicroBatch:
     values_BT: Tensor | None = None
     pair_B: Tensor | None = None
 
-    @property
-    def positions_1S(self) -> Tensor:
-        return torch.arange(self.tokens_BS.shape[1], device=self.tokens_BS.device)[None]
-
     def to(self, device: torch.device) -> MicroBatch:
-        moved = {
+        moved: dict[str, Any] = {
             name: value.to(device) for name, value in vars(self).items() if isinstance(value, torch.Tensor)
         }
         return replace(self, **moved)
@@ -54,60 +60,50 @@ class MicroBatch:
         return grid_BT.index_put((self.rows_N, self.columns_N), values_N)
 
 
-def plan_microbatches(
-    lengths: Sequence[int],
-    tokens_per_microbatch: int,
-    at_least: int = 1,
-    together: Sequence[int] | None = None,
-) -> list[list[int]]:
-    """Group indices so that (longest length x count) stays within the budget; a longer one goes alone.
+def context_places(bounds: Sequence[int], rank: int, size: int) -> Tensor:
+    """[S / size] places of the packed row that context-parallel rank `rank` of `size` computes, in order.
 
-    Sequences of like length share a micro-batch, so little is padding. At least `at_least` groups are
-    returned (splitting the largest, then adding empty ones): pipeline ranks must agree on their number.
-    `together` [N] keeps indices with the same number in one group.
+    Each segment [bounds[k], bounds[k + 1]) is cut into 2 * size chunks; a rank has chunk `rank` and, for
+    equal work under the causal mask, chunk 2 * size - 1 - rank (Megatron's and Transformer Engine's cut).
     """
-    units: dict[int, list[int]] = {}
-    for index in range(len(lengths)):
-        units.setdefault(together[index] if together else index, []).append(index)
-    longest = {key: max(lengths[i] for i in unit) for key, unit in units.items()}
-    plan: list[list[list[int]]] = []
-    width = 0
-    for key in sorted(units, key=lambda key: (-longest[key], units[key][0])):
-        count = sum(map(len, plan[-1])) if plan else 0
-        if plan and width * (count + len(units[key])) <= tokens_per_microbatch:
-            plan[-1].append(units[key])
-        else:
-            plan.append([units[key]])
-            width = longest[key]
-    while len(plan) < at_least:
-        largest = max(plan, key=len, default=[])
-        half = len(largest) // 2
-        plan.append(largest[:half])
-        del largest[:half]
-    return [[index for unit in group for index in unit] for group in plan]
+    places = []
+    for start, end in pairwise(bounds):
+        chunk = (end - start) // (2 * size)
+        for number in (rank, 2 * size - 1 - rank):
+            places.append(torch.arange(start + number * chunk, start + (number + 1) * chunk))
+    return torch.cat(places)
 
 
 def collate(
     trajectories: Sequence[Trajectory],
     advantages: Sequence[float] | None = None,
-    multiple_of: int = 1,
     question_tokens: Sequence[int] | None = None,
+    *,
+    segment_multiple: int = 1,
+    row_multiple: int = 1,
 ) -> MicroBatch:
-    """One micro-batch of the trajectories; none at all gives one inert row, which keeps ranks in step.
+    """One micro-batch of the trajectories; none at all gives an inert one, which keeps ranks in step.
 
-    advantages, question_tokens: one number a trajectory. multiple_of: what the width is rounded up to.
+    advantages, question_tokens: one number a trajectory. segment_multiple, row_multiple: what the lengths of
+    the segments and of the whole row are rounded up to; the second is a multiple of the first.
     """
-    width = -(-max([len(t) for t in trajectories], default=2) // multiple_of) * multiple_of
+    lengths = [round_up(len(t), segment_multiple) for t in trajectories]
+    width = round_up(max(sum(lengths), 2), row_multiple)
+    if width > sum(lengths):
+        lengths.append(width - sum(lengths))
+    boundaries = [0, *accumulate(lengths)]
+    tokens_S = torch.zeros(width, dtype=torch.long)
+    for start, t in zip(boundaries, trajectories, strict=False):
+        tokens_S[start : start + len(t)] = torch.tensor(t.prompt_tokens + t.response_tokens)
     responses = max((len(t.response_tokens) for t in trajectories), default=1)
-    count = max(1, len(trajectories))
-    tokens_BS = torch.zeros(count, width, dtype=torch.long)
-    mask_BT = torch.zeros(count, responses, dtype=torch.bool)
+    mask_BT = torch.zeros(max(1, len(trajectories)), responses, dtype=torch.bool)
     for row, t in enumerate(trajectories):
-        tokens_BS[row, : len(t)] = torch.tensor(t.prompt_tokens + t.response_tokens)
         mask_BT[row, : len(t.response_tokens)] = True
     rows_N, columns_N = mask_BT.nonzero(as_tuple=True)
-    prompt_lengths = torch.tensor([len(t.prompt_tokens) for t in trajectories] or [1])
-    positions_N = prompt_lengths[rows_N] + columns_N
+    begins_B = torch.tensor(
+        [start + len(t.prompt_tokens) for start, t in zip(boundaries, trajectories, strict=False)] or [1]
+    )
+    responses_N = begins_B[rows_N] + columns_N
 
     def per_sequence(values: Sequence[float], dtype: torch.dtype = torch.long) -> Tensor:
         return torch.tensor(values if trajectories else [0], dtype=dtype)
@@ -117,11 +113,14 @@ def collate(
 
     rollout_logp_BT = grid([t.rollout_logp if t.source is Source.ONLINE else () for t in trajectories])
     return MicroBatch(
-        tokens_BS=tokens_BS,
+        tokens_1S=tokens_S[None],
+        positions_1S=torch.cat([torch.arange(length) for length in lengths])[None],
+        boundaries_K=torch.tensor(boundaries, dtype=torch.int32),
+        longest=max(lengths),
         rows_N=rows_N,
         columns_N=columns_N,
-        query_positions_N=positions_N - 1,
-        targets_N=tokens_BS[rows_N, positions_N],
+        places_N=responses_N - 1,
+        targets_N=tokens_S[responses_N],
         mask_BT=mask_BT,
         rollout_logp_BT=torch.zeros(mask_BT.shape) if rollout_logp_BT is None else rollout_logp_BT,
         reward_B=per_sequence([t.reward for t in trajectories], torch.float32),
@@ -145,3 +144,7 @@ def _grid(values: Sequence[Sequence[float]], shape: torch.Size) -> Tensor:
     for row, numbers in enumerate(values):
         grid_BT[row, : len(numbers)] = torch.tensor(numbers)
     return grid_BT
+
+
+def round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple

@@ -5,11 +5,21 @@ TE brings its own core attention on GPUs; this one replaces megatron-core's unfu
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
+
+from hpt_mega.data.packing import context_places
+from hpt_mega.megatron import cpu
+
+cpu.install()
+
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region  # noqa: E402
 
 
 class KVCache:
@@ -51,28 +61,42 @@ class DecodeState:
 
 
 class CoreAttention(torch.nn.Module):
-    """Causal attention over right-padded sequences: a real token never sees the padding after it.
+    """Causal attention over packed segments, or over right-padded sequences of one length.
 
     With a cache attached, a forward over several positions fills it (prefill) and a forward over one
-    position with a DecodeState reads it (decode).
+    position with a DecodeState reads it (decode); neither is packed, nor shared over context-parallel ranks.
     """
 
-    def __init__(self, config: Any, layer_number: int, *args: Any, **kwargs: Any) -> None:
+    def __init__(
+        self, config: Any, layer_number: int, *args: Any, pg_collection: Any = None, **kwargs: Any
+    ) -> None:
         super().__init__()
-        if config.context_parallel_size > 1:
-            raise ValueError("the local core attention has no context parallelism; set parallel.cp=1")
+        self._context = pg_collection.cp if config.context_parallel_size > 1 else None
         self.cache: KVCache | None = None
         self.decode: DecodeState | None = None
 
     def forward(
-        self, query_SBND: Tensor, key_SBGD: Tensor, value_SBGD: Tensor, *args: Any, **kwargs: Any
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *args: Any,
+        packed_seq_params: Any = None,
+        **kwargs: Any,
     ) -> Tensor:
-        """query [S, B, N, D], key and value [S, B, G, D] -> [S, B, N * D]."""
+        """query [S, B, N, D], key and value [S, B, G, D] -> [S, B, N * D]; packed: no B in any of them."""
+        if packed_seq_params is not None:
+            bounds = packed_seq_params.cu_seqlens_q.tolist()
+            return packed_attention(self.attend, query, key, value, bounds, self._context)
         if self.cache is not None and self.decode is not None:
-            return self._decode(query_SBND, key_SBGD, value_SBGD, self.cache, self.decode)
+            return self._decode(query, key, value, self.cache, self.decode)
         if self.cache is not None:
-            self.cache.write_prompt(key_SBGD, value_SBGD)
-        return causal_attention(query_SBND, key_SBGD, value_SBGD)
+            self.cache.write_prompt(key, value)
+        return self.attend(query, key, value)
+
+    def attend(self, query_SBND: Tensor, key_LBGD: Tensor, value_LBGD: Tensor) -> Tensor:
+        """The queries stand at the last S of the L positions, and see no later one."""
+        return causal_attention(query_SBND, key_LBGD, value_LBGD)
 
     @staticmethod
     def _decode(query: Tensor, key: Tensor, value: Tensor, cache: KVCache, state: DecodeState) -> Tensor:
@@ -90,13 +114,54 @@ class CoreAttention(torch.nn.Module):
         return out_BGRD.reshape(1, batch, heads * channels)
 
 
-def causal_attention(query_SBND: Tensor, key_SBGD: Tensor, value_SBGD: Tensor) -> Tensor:
-    """Grouped-query causal attention, [S, B, N, D] and [S, B, G, D] -> [S, B, N * D]."""
+def packed_attention(
+    attend: Callable[[Tensor, Tensor, Tensor], Tensor],
+    query_SND: Tensor,
+    key_SGD: Tensor,
+    value_SGD: Tensor,
+    bounds: list[int],
+    context: dist.ProcessGroup | None = None,
+) -> Tensor:
+    """`attend` on each segment [bounds[k], bounds[k + 1]) of a row alone: [S, N * D].
+
+    With a context-parallel group, S are this rank's places of the row (context_places); keys and values are
+    gathered from all of its ranks.
+    """
+    if context is None:
+        pieces = [(end - start, start, end) for start, end in pairwise(bounds)]
+    else:
+        rank, size = context.rank(), context.size()
+        pieces = []
+        for start, end in pairwise(bounds):
+            chunk = (end - start) // (2 * size)
+            pieces += [(chunk, start, start + (number + 1) * chunk) for number in (rank, 2 * size - 1 - rank)]
+        places = [context_places(bounds, rank, size) for rank in range(size)]
+        order = torch.cat(places).argsort()
+        key_SGD, value_SGD = (
+            gather_from_sequence_parallel_region(x, group=context)[order] for x in (key_SGD, value_SGD)
+        )
+    queries = query_SND.split([count for count, _, _ in pieces])
+    parts = [
+        attend(query[:, None], key_SGD[start:end, None], value_SGD[start:end, None])
+        for query, (_, start, end) in zip(queries, pieces, strict=True)
+    ]
+    return torch.cat(parts)[:, 0]
+
+
+def causal_attention(query_SBND: Tensor, key_LBGD: Tensor, value_LBGD: Tensor) -> Tensor:
+    """Grouped-query causal attention, [S, B, N, D] and [L, B, G, D] -> [S, B, N * D].
+
+    The queries stand at the last S of the L positions.
+    """
     if query_SBND.dtype is torch.bfloat16 and len(query_SBND) <= _SHORT:
-        return _short_bf16_attention(query_SBND, key_SBGD, value_SBGD)
-    query, key, value = (x.permute(1, 2, 0, 3) for x in (query_SBND, key_SBGD, value_SBGD))
+        return _short_bf16_attention(query_SBND, key_LBGD, value_LBGD)
+    query, key, value = (x.permute(1, 2, 0, 3) for x in (query_SBND, key_LBGD, value_LBGD))
+    earlier = key.shape[2] - query.shape[2]
+    mask = None
+    if earlier:
+        mask = query.new_ones(query.shape[2], key.shape[2], dtype=torch.bool).tril(earlier)
     out_BNSD = scaled_dot_product_attention(
-        query, key, value, is_causal=True, enable_gqa=query.shape[1] != key.shape[1]
+        query, key, value, attn_mask=mask, is_causal=not earlier, enable_gqa=query.shape[1] != key.shape[1]
     )
     return out_BNSD.permute(2, 0, 1, 3).flatten(2)
 
@@ -104,19 +169,22 @@ def causal_attention(query_SBND: Tensor, key_SBGD: Tensor, value_SBGD: Tensor) -
 _SHORT = 512  # the fused CPU kernel's bf16 backward is about 3x slower than plain products below this
 
 
-def _short_bf16_attention(query_SBND: Tensor, key_SBGD: Tensor, value_SBGD: Tensor) -> Tensor:
+def _short_bf16_attention(query_SBND: Tensor, key_LBGD: Tensor, value_LBGD: Tensor) -> Tensor:
     """The same by plain batched products: the heads of a group stack into the rows of one matrix."""
     length, batch, heads, channels = query_SBND.shape
-    groups = key_SBGD.shape[2]
+    positions, groups = len(key_LBGD), key_LBGD.shape[2]
     per_group = heads // groups
     query = query_SBND.reshape(length, batch, groups, per_group, channels)
     query_ZRD = query.permute(1, 2, 3, 0, 4).reshape(batch * groups, per_group * length, channels)
-    key_ZSD, value_ZSD = (
-        x.permute(1, 2, 0, 3).reshape(batch * groups, length, channels) for x in (key_SBGD, value_SBGD)
+    key_ZLD, value_ZLD = (
+        x.permute(1, 2, 0, 3).reshape(batch * groups, positions, channels) for x in (key_LBGD, value_LBGD)
     )
-    future = torch.full((length, length), float("-inf"), dtype=query.dtype, device=query.device).triu(1)
+    future = torch.full((length, positions), float("-inf"), dtype=query.dtype, device=query.device)
     scores = torch.baddbmm(
-        future.repeat(per_group, 1), query_ZRD, key_ZSD.transpose(1, 2), alpha=channels**-0.5
+        future.triu(1 + positions - length).repeat(per_group, 1),
+        query_ZRD,
+        key_ZLD.transpose(1, 2),
+        alpha=channels**-0.5,
     )
-    out = torch.bmm(scores.softmax(-1), value_ZSD).view(batch, groups, per_group, length, channels)
+    out = torch.bmm(scores.softmax(-1), value_ZLD).view(batch, groups, per_group, length, channels)
     return out.permute(3, 0, 1, 2, 4).reshape(length, batch, heads * channels)

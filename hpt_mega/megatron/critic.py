@@ -15,13 +15,15 @@ from torch import Tensor
 
 from hpt_mega.config import Config
 from hpt_mega.data.packing import MicroBatch
+from hpt_mega.megatron.context import own_queries
 from hpt_mega.megatron.model import PolicyModel
 from hpt_mega.megatron.optimizer import (
-    DistributedDataParallel,
+    DataParallel,
     MegatronOptimizer,
     build_optimizer,
     set_learning_rate,
     wrap_data_parallel,
+    zero_gradients,
 )
 from hpt_mega.megatron.runtime import Layout
 from hpt_mega.megatron.step import Metrics, forward_backward, score, update
@@ -47,7 +49,7 @@ class ValueModel(PolicyModel):
 class Critic:
     """The critic's model and optimizer, trained beside the policy on the same micro-batches."""
 
-    model: DistributedDataParallel
+    model: DataParallel
     optimizer: MegatronOptimizer
     lr: float
     clip: float
@@ -59,8 +61,7 @@ class Critic:
 
     def learn(self, microbatches: Sequence[MicroBatch], tokens: float, estimator: Estimator) -> Metrics:
         """One update on the clipped squared error; `tokens` is the number of response tokens of the job."""
-        self.model.zero_grad_buffer()
-        self.optimizer.zero_grad()
+        zero_gradients(self.model, self.optimizer)
         set_learning_rate(self.optimizer, self.lr)
         loss = partial(_value_loss, estimator=estimator, clip=self.clip, denominator=max(1.0, tokens))
         sums = forward_backward(self.model, microbatches, loss, self.layout)
@@ -69,19 +70,20 @@ class Critic:
 
 def build_critic(model: PolicyModel, policy: PolicyModel, cfg: Config, layout: Layout) -> Critic:
     """The critic around a ValueModel, which starts from the weights of the policy's stage of this layout."""
-    weights = {name: p for name, p in policy.named_parameters() if not name.startswith("output_layer.")}
-    mine = dict(model.named_parameters())
-    with torch.no_grad():
-        for name, weight in weights.items():
-            mine[name].copy_(weight)
+    for chunk, source in zip(model.chunks, policy.chunks, strict=True):
+        mine = dict(chunk.named_parameters())
+        with torch.no_grad():
+            for name, weight in source.named_parameters():
+                if not name.startswith("output_layer."):
+                    mine[name].copy_(weight)
     settings = replace(cfg, optimizer=replace(cfg.optimizer, lr=cfg.critic.lr))
     wrapped = wrap_data_parallel(model, settings)
     return Critic(wrapped, build_optimizer(wrapped, settings), cfg.critic.lr, cfg.critic.clip, layout)
 
 
 def _values_of(microbatch: MicroBatch, model: PolicyModel, hidden_SBH: Tensor, layout: Layout) -> Tensor:
-    hidden_NH = hidden_SBH[microbatch.query_positions_N, microbatch.rows_N]
-    return model.output_layer(hidden_NH)[:, 0].float()
+    own = own_queries(microbatch, layout)
+    return own.gather(model.output_layer(hidden_SBH[own.places_M, 0])[:, 0].float())
 
 
 def _value_loss(

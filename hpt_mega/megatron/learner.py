@@ -5,6 +5,7 @@ Which trajectories there are is the trainer's and the scheduler's business.
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -15,14 +16,16 @@ from typing import Any
 import torch
 
 from hpt_mega.config import Config
-from hpt_mega.data.packing import MicroBatch, collate, plan_microbatches
+from hpt_mega.data.balancing import plan_microbatches
+from hpt_mega.data.packing import MicroBatch, collate, round_up
 from hpt_mega.megatron.critic import Critic
 from hpt_mega.megatron.model import PolicyModel
 from hpt_mega.megatron.optimizer import (
-    DistributedDataParallel,
+    DataParallel,
     MegatronOptimizer,
     learning_rate,
     set_learning_rate,
+    zero_gradients,
 )
 from hpt_mega.megatron.precision import tokens_multiple
 from hpt_mega.megatron.runtime import Layout
@@ -38,7 +41,7 @@ class Learner:
 
     cfg: Config
     layout: Layout
-    policy: DistributedDataParallel
+    policy: DataParallel
     optimizer: MegatronOptimizer
     estimator: Estimator
     vocab_size: int
@@ -46,9 +49,13 @@ class Learner:
     critic: Critic | None = None  # where it asks for values
 
     def learn(self, trajectories: Sequence[Trajectory], step: int) -> Metrics:
-        """The updates of one step on the unified objective, over all replicas' trajectories."""
+        """The updates of one step on the unified objective, over all replicas' trajectories.
+
+        Each replica brings those of its questions; all of them know all, and share the work by its size.
+        """
         rate = learning_rate(self.cfg.optimizer, step, self.cfg.trainer.steps)
-        scored = self._score(trajectories)
+        everyone = [t for replica in self.layout.gather_over_data(list(trajectories)) for t in replica]
+        scored = self._score(everyone)
         updates = [self._update(part, rate) for part in self._parts(scored)]
         names = dict.fromkeys(name for one in updates for name in one)
         means = {name: statistics.fmean(one[name] for one in updates if name in one) for name in names}
@@ -98,13 +105,14 @@ class Learner:
         read: Callable[[Sequence[MicroBatch]], list[torch.Tensor]],
     ) -> list[tuple[float, ...]]:
         """One number a response token of each trajectory, in their order."""
-        plan = self._plan(trajectories)
-        microbatches = [self._collate([trajectories[i] for i in part]) for part in plan]
-        found: dict[int, tuple[float, ...]] = {}
-        for part, values_N in zip(plan, read(microbatches), strict=True):
+        mine = self._plan(trajectories)
+        microbatches = [self._collate([trajectories[i] for i in part]) for part in mine]
+        own: dict[int, tuple[float, ...]] = {}
+        for part, values_N in zip(mine, read(microbatches), strict=True):
             numbers = iter(values_N.tolist())
             for index in part:
-                found[index] = tuple(next(numbers) for _ in trajectories[index].response_tokens)
+                own[index] = tuple(next(numbers) for _ in trajectories[index].response_tokens)
+        found = {index: row for rank in self.layout.gather_over_data(own) for index, row in rank.items()}
         return [found[index] for index in range(len(trajectories))]
 
     def _parts(self, trajectories: Sequence[Trajectory]) -> list[list[Trajectory]]:
@@ -126,12 +134,8 @@ class Learner:
             for i, t in enumerate(trajectories)
             if advantages is None or self.estimator.trains_on(advantages[i], t.weight)
         ]
-        mine = [
-            self._denominator(trajectories),
-            float(sum(len(trajectories[i]) for i in live)),
-            float(sum(len(trajectories[i].response_tokens) for i in live)),
-        ]
-        denominator, tokens, response_tokens = self.layout.sum_over_data(mine)
+        tokens = float(sum(len(trajectories[i]) for i in live))
+        response_tokens = float(sum(len(trajectories[i].response_tokens) for i in live))
         question_tokens = Counter[int]()
         for t in trajectories:
             question_tokens[t.group] += len(t.response_tokens)
@@ -146,9 +150,9 @@ class Learner:
         metrics: Metrics = {"tokens_trained": tokens}
         if self.critic is not None:
             metrics |= self.critic.learn(microbatches, response_tokens, self.estimator)
-        self.policy.zero_grad_buffer()
-        self.optimizer.zero_grad()
-        sums = forward_backward(self.policy, microbatches, self._objective(denominator), self.layout)
+        zero_gradients(self.policy, self.optimizer)
+        objective = self._objective(self._denominator(trajectories))
+        sums = forward_backward(self.policy, microbatches, objective, self.layout)
         set_learning_rate(self.optimizer, rate)
         return metrics | _averages(sums) | {"grad_norm": update(self.optimizer)}
 
@@ -157,16 +161,28 @@ class Learner:
         return Objective(self.estimator, denominator or 1.0, temperature, self.vocab_size)
 
     def _plan(self, trajectories: Sequence[Trajectory], live: Sequence[int] | None = None) -> list[list[int]]:
-        """Indices by micro-batch, equally many on every rank; a pair is never split."""
+        """Indices by micro-batch of this replica, equally many on every one; a pair is never split."""
         chosen = range(len(trajectories)) if live is None else live
-        lengths = [len(trajectories[i]) for i in chosen]
+        segment, _ = self._multiples
         pairs = [trajectories[i].pair for i in chosen]
-        together = pairs if any(pair >= 0 for pair in pairs) else None
-        budget = self.cfg.trainer.tokens_per_microbatch
-        mine = len(plan_microbatches(lengths, budget, together=together))
-        (count,) = self.layout.max_over_world([mine])
-        plan = plan_microbatches(lengths, budget, max(1, int(count)), together)
-        return [[chosen[i] for i in part] for part in plan]
+        parallel = self.cfg.parallel
+        plan = plan_microbatches(
+            [round_up(len(trajectories[i]), segment) for i in chosen],
+            self.cfg.trainer.tokens_per_microbatch,
+            parallel.dp,
+            quadratic=self.policy.module.attention_share(),
+            count_multiple=parallel.pp if parallel.vpp > 1 else 1,
+            together=pairs if any(pair >= 0 for pair in pairs) else None,
+        )
+        return [[chosen[i] for i in part] for part in plan[self.layout.dp_rank]]
+
+    @property
+    def _multiples(self) -> tuple[int, int]:
+        """What segments and rows are rounded up to: chunks of context, ranks of sequence parallelism, FP8."""
+        parallel = self.cfg.parallel
+        segment = 2 * parallel.cp if parallel.cp > 1 else 1
+        share = parallel.cp * (parallel.tp if parallel.sequence_parallel else 1)  # of a row, on each rank
+        return segment, math.lcm(segment, share * tokens_multiple(self.cfg.precision.fp8))
 
     def _collate(
         self,
@@ -174,9 +190,8 @@ class Learner:
         advantages: Sequence[float] | None = None,
         question_tokens: Sequence[int] | None = None,
     ) -> MicroBatch:
-        multiple = self.layout.tp_size if self.cfg.parallel.sequence_parallel else 1
-        multiple *= tokens_multiple(self.cfg.precision.fp8)
-        return collate(trajectories, advantages, multiple, question_tokens)
+        segment, row = self._multiples
+        return collate(trajectories, advantages, question_tokens, segment_multiple=segment, row_multiple=row)
 
     def _advantages(self, trajectories: Sequence[Trajectory]) -> list[float] | None:
         """One a trajectory, taken over whole groups before any split; None for advantages by token."""

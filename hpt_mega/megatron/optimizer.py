@@ -19,20 +19,43 @@ from megatron.core.distributed import (  # isort: skip  (after model.py has made
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer  # isort: skip
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig  # isort: skip
 from megatron.core.tensor_parallel import layers  # isort: skip
+from megatron.core.transformer.moe.moe_layer import MoELayer  # isort: skip
 
 
-def wrap_data_parallel(model: PolicyModel, cfg: Config) -> DistributedDataParallel:
+class DataParallel(DistributedDataParallel):
+    """A model chunk with its gradient buffer; the first of a rank knows the others, as PolicyModel does."""
+
+    chunks: tuple[DataParallel, ...]
+
+
+def wrap_data_parallel(model: PolicyModel, cfg: Config) -> DataParallel:
     """Gradients are summed (not averaged) over data-parallel ranks in fp32: the objective's denominator
     is already global."""
-    _mark_tensor_parallel_weights(model)
     settings = DistributedDataParallelConfig(
         use_distributed_optimizer=cfg.parallel.distributed_optimizer,
+        overlap_grad_reduce=cfg.parallel.overlap,
         grad_reduce_in_fp32=True,
         fp8_param_gather=gathers_fp8(cfg.precision.fp8),
     )
-    wrapped = DistributedDataParallel(model.config, settings, model)
+    for chunk in model.chunks:
+        _mark_tensor_parallel_weights(chunk)
+        _mark_experts(chunk)
+    wrapped = [
+        DataParallel(model.config, settings, chunk, disable_bucketing=index > 0)
+        for index, chunk in enumerate(model.chunks)
+    ]
+    wrapped[0].chunks = tuple(wrapped)
     model.config.finalize_model_grads_func = _finalize_sums
-    return wrapped
+    if cfg.parallel.overlap:  # only the last micro-batch's gradients are sent
+        waits = [chunk.no_sync for chunk in wrapped]
+        model.config.no_sync_func = waits if len(waits) > 1 else waits[0]
+    return wrapped[0]
+
+
+def zero_gradients(model: DataParallel, optimizer: MegatronOptimizer) -> None:
+    for chunk in model.chunks:
+        chunk.zero_grad_buffer()
+    optimizer.zero_grad()
 
 
 def _mark_tensor_parallel_weights(model: PolicyModel) -> None:
@@ -46,6 +69,15 @@ def _mark_tensor_parallel_weights(model: PolicyModel) -> None:
             layers.set_tensor_model_parallel_attributes(module.weight, True, dim, 1)
 
 
+def _mark_experts(model: PolicyModel) -> None:
+    """Each rank of tensor parallelism sends other tokens to its experts; where those are whole (etp=1) but
+    not spread (ep=1), megatron-core takes their gradients for equal on these ranks and does not add them."""
+    for layer in model.decoder.layers:
+        if isinstance(layer.mlp, MoELayer):
+            for parameter in layer.mlp.experts.parameters():
+                parameter.allreduce = False  # over the dense weights' group, but over the experts' own
+
+
 _SPLIT_LAYERS = (layers.ColumnParallelLinear, layers.RowParallelLinear, layers.VocabParallelEmbedding)
 
 
@@ -54,7 +86,7 @@ def _finalize_sums(model: list[Any], num_tokens: torch.Tensor | None = None, **k
     finalize_model_grads(model, None, **kwargs)
 
 
-def build_optimizer(model: DistributedDataParallel, cfg: Config) -> MegatronOptimizer:
+def build_optimizer(model: DataParallel, cfg: Config) -> MegatronOptimizer:
     """Adam on fp32 master weights (apex or TE fused where importable); decoupled weight decay on matrices
     only, not on norms and biases."""
     settings = MegatronOptimizerConfig(
@@ -69,7 +101,7 @@ def build_optimizer(model: DistributedDataParallel, cfg: Config) -> MegatronOpti
         use_distributed_optimizer=cfg.parallel.distributed_optimizer,
         fp8_recipe=cfg.precision.fp8.recipe if gathers_fp8(cfg.precision.fp8) else None,
     )
-    optimizer = get_megatron_optimizer(settings, [model])
+    optimizer = get_megatron_optimizer(settings, list(model.chunks))
     for group in optimizer.param_groups:  # megatron-core leaves this to its own learning-rate scheduler
         group["weight_decay"] = cfg.optimizer.weight_decay * group["wd_mult"]
     model.config.grad_scale_func = optimizer.scale_loss

@@ -64,10 +64,10 @@ def load_state(
     if dist_checkpointing.load_common_state_dict(str(folder))["world_size"] == layout.world_size:
         wanted["random"] = _sharded_random_state(layout)
     state = dist_checkpointing.load(wanted, str(folder))
-    model.load_state_dict(state["model"])
+    _load_weights(model, state["model"])
     optimizer.load_state_dict(state["optimizer"])
     if critic is not None:
-        critic.model.module.load_state_dict(state["critic"])
+        _load_weights(critic.model.module, state["critic"])
         critic.optimizer.load_state_dict(state["critic_optimizer"])
     if "random" in wanted:
         _set_random_state(state["random"])
@@ -83,18 +83,32 @@ def _sharded_state(
     *,
     loading: bool,
 ) -> dict[str, Any]:
-    weights = model.sharded_state_dict()
+    weights = _sharded_weights(model)
     state = {
         "model": weights,
         "optimizer": optimizer.sharded_state_dict(weights, is_loading=loading, metadata=_OPTIMIZER_LAYOUT),
     }
     if critic is not None:
-        weights = critic.model.module.sharded_state_dict(prefix="critic.")
-        state["critic"] = {name.removeprefix("critic."): tensor for name, tensor in weights.items()}
+        state["critic"] = weights = _sharded_weights(critic.model.module, "critic.")
         state["critic_optimizer"] = critic.optimizer.sharded_state_dict(
             weights, is_loading=loading, metadata=_OPTIMIZER_LAYOUT
         )
     return state
+
+
+def _sharded_weights(model: PolicyModel, prefix: str = "") -> dict[str, Any]:
+    """The tensors of all of this rank's chunks; `prefix` is put before their names in the checkpoint."""
+    return {
+        f"{number}.{name.removeprefix(prefix)}": tensor
+        for number, chunk in enumerate(model.chunks)
+        for name, tensor in chunk.sharded_state_dict(prefix=prefix).items()
+    }
+
+
+def _load_weights(model: PolicyModel, weights: dict[str, Any]) -> None:
+    for number, chunk in enumerate(model.chunks):
+        own = f"{number}."
+        chunk.load_state_dict({n.removeprefix(own): t for n, t in weights.items() if n.startswith(own)})
 
 
 def _sharded_random_state(layout: Layout) -> ShardedObject:

@@ -14,13 +14,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hpt_mega.data.packing import MicroBatch
+from hpt_mega.megatron.context import own_queries, own_tokens
 from hpt_mega.megatron.model import PolicyModel
-from hpt_mega.megatron.optimizer import DistributedDataParallel, MegatronOptimizer
+from hpt_mega.megatron.optimizer import DataParallel, MegatronOptimizer
 from hpt_mega.megatron.runtime import Layout
 from hpt_mega.objective import Estimator, TokenBatch
 from hpt_mega.objective.logprob import token_logprobs
 from hpt_mega.trajectory import Source
 
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32  # isort: skip
+from megatron.core.packed_seq_params import PackedSeqParams  # isort: skip
 from megatron.core.pipeline_parallel import get_forward_backward_func  # isort: skip
 
 Metrics = dict[str, float]
@@ -82,19 +85,21 @@ class Objective:
     ) -> tuple[Tensor, Tensor]:
         """Log-probability and entropy [N] fp32 of the micro-batch's response tokens."""
         weight = model.output_weight()
-        return token_logprobs(
-            hidden_SBH[microbatch.query_positions_N, microbatch.rows_N],
+        own = own_queries(microbatch, layout)
+        logp_M, entropy_M = token_logprobs(
+            hidden_SBH[own.places_M, 0],
             weight,
-            microbatch.targets_N,
+            microbatch.targets_N[own.numbers_M],
             temperature=self.temperature,
             group=layout.tp_group if layout.tp_size > 1 else None,
             vocab_start=layout.tp_rank * weight.shape[0],
             vocab_size=self.vocab_size,
         )
+        return own.gather(logp_M), own.gather(entropy_M)
 
 
 def forward_backward(
-    model: DistributedDataParallel, microbatches: Sequence[MicroBatch], loss: Loss, layout: Layout
+    model: DataParallel, microbatches: Sequence[MicroBatch], loss: Loss, layout: Layout
 ) -> Metrics:
     """Accumulate the gradient of the loss over this rank's micro-batches; every rank of the job calls it
     with equally many. Returns sums and maxima over the whole job."""
@@ -127,12 +132,16 @@ def update(optimizer: MegatronOptimizer) -> float:
     norm = float(optimizer.get_grad_norm())
     if not math.isfinite(norm):
         raise FloatingPointError(f"the gradient's norm is {norm}; lower optimizer.lr or inspect the batch")
-    optimizer.step()
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        parameters = part.get_parameters()
+        if parameters and part.config.clip_grad > 0:
+            clip_grad_by_total_norm_fp32(parameters, part.config.clip_grad, norm)
+    optimizer.step_with_ready_grads()
     return norm
 
 
 def _run_schedule(
-    model: DistributedDataParallel | PolicyModel,
+    model: DataParallel | PolicyModel,
     microbatches: Sequence[MicroBatch],
     forward: Callable[..., Any],
     *,
@@ -141,11 +150,11 @@ def _run_schedule(
     """Megatron's schedule for the layout; returns what the last stage made of each micro-batch."""
     results: list[Any] = get_forward_backward_func()(
         forward_step_func=forward,
-        data_iterator=iter(microbatches),
-        model=model,
+        data_iterator=[iter(microbatches) for _ in model.chunks],
+        model=list(model.chunks),
         num_microbatches=len(microbatches),
-        seq_length=microbatches[0].tokens_BS.shape[1],  # a hint: lengths travel with each micro-batch
-        micro_batch_size=microbatches[0].tokens_BS.shape[0],
+        seq_length=microbatches[0].tokens_1S.shape[1],  # a hint: lengths travel with each micro-batch
+        micro_batch_size=1,
         forward_only=forward_only,
         collect_non_loss_data=forward_only,
     )
@@ -156,8 +165,19 @@ def _forward(
     batches: Iterator[MicroBatch], model: Any, read: Callable[..., Any], layout: Layout
 ) -> tuple[Tensor, Any]:
     microbatch = next(batches).to(layout.device)
-    hidden = model(microbatch.tokens_BS, microbatch.positions_1S, None)
-    policy = model.module if isinstance(model, DistributedDataParallel) else model
+    hidden = model(
+        own_tokens(microbatch, layout),
+        microbatch.positions_1S,
+        None,
+        packed_seq_params=PackedSeqParams(
+            qkv_format="thd",
+            cu_seqlens_q=microbatch.boundaries_K,
+            cu_seqlens_kv=microbatch.boundaries_K,
+            max_seqlen_q=microbatch.longest,
+            max_seqlen_kv=microbatch.longest,
+        ),
+    )
+    policy = model.module if isinstance(model, DataParallel) else model
 
     def of_hidden(hidden_SBH: Tensor, non_loss_data: bool = False) -> Any:
         return read(microbatch, policy, hidden_SBH, layout)

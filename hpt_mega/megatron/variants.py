@@ -18,23 +18,23 @@ class WindowAttention(CoreAttention):
     """Causal attention in which a token sees the last `window` positions, itself included."""
 
     def __init__(self, config: Any, layer_number: int, *args: Any, **kwargs: Any) -> None:
-        super().__init__(config, layer_number)
+        super().__init__(config, layer_number, *args, **kwargs)
         self._window = config.window_size[0] + 1
 
-    def forward(
-        self, query_SBND: Tensor, key_SBGD: Tensor, value_SBGD: Tensor, *args: Any, **kwargs: Any
-    ) -> Tensor:
-        """query [S, B, N, D], key and value [S, B, G, D] -> [S, B, N * D]."""
+    def forward(self, *given: Any, **named: Any) -> Tensor:
+        """As CoreAttention's; decodes only while all that is visible lies within the window."""
         if self.cache is not None and (self.decode is None or self.decode.visible > self._window):
             raise ValueError(
                 "decoding with a sliding window is not implemented on the CPU; sample with rollout=vllm"
             )
-        if self.cache is not None:
-            return super().forward(query_SBND, key_SBGD, value_SBGD)
-        length = len(query_SBND)
-        positions = torch.arange(length, device=query_SBND.device)
-        distance = positions[:, None] - positions
-        return _attention(query_SBND, key_SBGD, value_SBGD, (distance >= 0) & (distance < self._window))
+        return super().forward(*given, **named)
+
+    def attend(self, query_SBND: Tensor, key_LBGD: Tensor, value_LBGD: Tensor) -> Tensor:
+        """As CoreAttention's, within the window."""
+        places = torch.arange(len(key_LBGD), device=query_SBND.device)
+        distance_SL = places[-len(query_SBND) :, None] - places
+        mask_SL = (distance_SL >= 0) & (distance_SL < self._window)
+        return _attention(query_SBND, key_LBGD, value_LBGD, mask_SL)
 
 
 class LatentCoreAttention(CoreAttention):
@@ -43,34 +43,38 @@ class LatentCoreAttention(CoreAttention):
     def __init__(
         self, config: Any, layer_number: int, *args: Any, softmax_scale: float, **kwargs: Any
     ) -> None:
-        super().__init__(config, layer_number)
+        super().__init__(config, layer_number, *args, **kwargs)
         self._scale = softmax_scale
 
-    def forward(
-        self, query_SBND: Tensor, key_SBGD: Tensor, value_SBGD: Tensor, *args: Any, **kwargs: Any
-    ) -> Tensor:
-        """query and key [S, B, N, D], value [S, B, N, C] (as many groups as heads) -> [S, B, N * C]."""
+    def forward(self, *given: Any, **named: Any) -> Tensor:
+        """As CoreAttention's, without decoding."""
         if self.cache is not None:
             raise ValueError(
                 "decoding with latent attention is not implemented on the CPU; sample with rollout=vllm"
             )
-        return _attention(query_SBND, key_SBGD, value_SBGD, None, self._scale)
+        return super().forward(*given, **named)
+
+    def attend(self, query_SBND: Tensor, key_LBND: Tensor, value_LBNC: Tensor) -> Tensor:
+        """query [S, B, N, D], key [L, B, N, D], value [L, B, N, C] (a group a head) -> [S, B, N * C]."""
+        if len(query_SBND) != len(key_LBND):
+            raise ValueError("latent attention has no context parallelism on the CPU; set parallel.cp=1")
+        return _attention(query_SBND, key_LBND, value_LBNC, None, self._scale)
 
 
 def _attention(
     query_SBND: Tensor,
-    key_SBGD: Tensor,
-    value_SBGC: Tensor,
-    mask_SS: Tensor | None,
+    key_LBGD: Tensor,
+    value_LBGC: Tensor,
+    mask_SL: Tensor | None,
     scale: float | None = None,
 ) -> Tensor:
-    query, key, value = (x.permute(1, 2, 0, 3) for x in (query_SBND, key_SBGD, value_SBGC))
+    query, key, value = (x.permute(1, 2, 0, 3) for x in (query_SBND, key_LBGD, value_LBGC))
     out_BNSC = scaled_dot_product_attention(
         query,
         key,
         value,
-        attn_mask=mask_SS,
-        is_causal=mask_SS is None,
+        attn_mask=mask_SL,
+        is_causal=mask_SL is None,
         scale=scale,
         enable_gqa=query.shape[1] != key.shape[1],
     )

@@ -8,6 +8,7 @@ travel; under tensor parallelism each rank decodes its heads and vocabulary rows
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -42,6 +43,8 @@ class MegatronEngine:
         self._vocab_size = vocab_size
         self._max_sequences = max_sequences
         self._version = policy_version
+        groups = model.expert_groups()
+        self._expert_group = groups[1] if groups and groups[1].size() > 1 else None
 
     @property
     def policy_version(self) -> int:
@@ -62,11 +65,17 @@ class MegatronEngine:
         uniforms = uniform_draws(len(prompts) * sampling.n, sampling.max_new_tokens, sampling.seed)
         per_wave = max(1, self._max_sequences // sampling.n)
         results: list[list[Sample]] = []
-        with torch.no_grad(), self._model.inference():
+        with torch.no_grad(), ExitStack() as modes:
+            for chunk in self._model.chunks:
+                modes.enter_context(chunk.inference())
             for start in range(0, len(prompts), per_wave):
                 wave = [list(prompt) for prompt in prompts[start : start + per_wave]]
                 rows = slice(start * sampling.n, (start + len(wave)) * sampling.n)
                 results += self._generate_wave(wave, uniforms[rows], sampling)
+            if self._expert_group is not None:
+                self._keep_company()
+        if self._layout.cp_size > 1:  # its ranks decoded the same; let none differ in a last bit
+            results = self._layout.broadcast_object(results)
         return results
 
     def submit(self, prompts: Sequence[Sequence[int]], sampling: SamplingParams) -> Collect:
@@ -78,14 +87,13 @@ class MegatronEngine:
     ) -> list[list[Sample]]:
         groups = self._deal(prompts, uniforms, sampling)
         pending: list[dist.Work] = []
-        for group in groups:
-            self._advance(group, sampling, pending)
         while any(group.active for group in groups):
-            for group in groups:
-                if group.active:
-                    self._collect(group, sampling)
-                if group.active:
-                    self._advance(group, sampling, pending)
+            for number in range(len(self._model.chunks)):
+                for group in groups:
+                    if number == 0 and group.active and not group.in_prefill:
+                        self._collect(group, sampling)
+                    if group.active:
+                        self._advance(group, number, sampling, pending)
         for work in pending:
             work.wait()
         by_prompt: dict[int, list[Sample]] = {}
@@ -104,37 +112,61 @@ class MegatronEngine:
             groups.append(_Group(index, members, [prompts[i] for i in members], uniforms[rows], sampling.n))
         return groups
 
-    def _advance(self, group: _Group, sampling: SamplingParams, pending: list[dist.Work]) -> None:
-        """Run this stage on the group's next position, and pass on what the next stage needs."""
-        layout = self._layout
+    def _advance(
+        self, group: _Group, number: int, sampling: SamplingParams, pending: list[dist.Work]
+    ) -> None:
+        """Run a chunk of this stage on the group's next position, and pass on what the next one needs."""
+        layout, chunk = self._layout, self._model.chunks[number]
         tokens, positions = group.next_inputs()
-        if not layout.is_first_stage:
-            shape = (tokens.shape[1], tokens.shape[0], self._model.config.hidden_size)
-            hidden = torch.empty(shape, dtype=self._model.config.params_dtype)
-            dist.recv(hidden, layout.stage_rank(layout.pp_rank - 1), layout.pp_group, tag=group.index)
-            self._model.set_input_tensor(hidden)
+        if not chunk.pre_process:
+            shape = (tokens.shape[1], tokens.shape[0], chunk.config.hidden_size)
+            hidden = torch.empty(shape, dtype=chunk.config.params_dtype)
+            source = layout.stage_rank((layout.pp_rank - 1) % layout.pp_size)
+            dist.recv(hidden, source, layout.pp_group, tag=group.index)
+            chunk.set_input_tensor(hidden)
+        if self._expert_group is not None:
+            self._announce(True)
         with self._attached(group):
-            hidden = self._model(tokens, positions, None)
-        if layout.is_last_stage:
+            hidden = chunk(tokens, positions, None)
+        if chunk.post_process:
             group.drawn = self._draw(group, hidden, sampling)
             for stage in range(layout.pp_size - 1):
                 pending.append(
                     dist.isend(group.drawn, layout.stage_rank(stage), layout.pp_group, tag=group.index)  # type: ignore[arg-type]
                 )
         else:
-            hidden = hidden.contiguous()
+            target = layout.stage_rank((layout.pp_rank + 1) % layout.pp_size)
             pending.append(
-                dist.isend(hidden, layout.stage_rank(layout.pp_rank + 1), layout.pp_group, tag=group.index)  # type: ignore[arg-type]
+                dist.isend(hidden.contiguous(), target, layout.pp_group, tag=group.index)  # type: ignore[arg-type]
             )
         while len(pending) > _MAX_SENDS_IN_FLIGHT:
             pending.pop(0).wait()
-        group.after_forward()
+        if number == len(self._model.chunks) - 1:
+            group.after_forward()
+
+    def _announce(self, working: bool) -> bool:
+        """Before each forward through experts: whether any rank that shares them still has work.
+
+        Their exchange needs all ranks, whatever each has to decode; the n-th forwards of all of them meet.
+        """
+        flag = torch.tensor(int(working))
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._expert_group)
+        return bool(flag)
+
+    def _keep_company(self) -> None:
+        """Take part in the experts' exchange until the last replica that shares them has its samples."""
+        config, token = self._model.config, torch.zeros(1, 1, dtype=torch.long)
+        while self._announce(False):
+            if not self._model.pre_process:
+                hidden = torch.zeros(1, 1, config.hidden_size, dtype=config.params_dtype)
+                self._model.set_input_tensor(hidden)
+            self._model(token, torch.zeros_like(token), None)
 
     def _draw(self, group: _Group, hidden_SBH: Tensor, sampling: SamplingParams) -> Tensor:
         """[2, rows] fp64: the next token of every row, and its log-probability."""
         rows = torch.arange(hidden_SBH.shape[1])
         hidden_BH = hidden_SBH[group.last_positions(), rows]
-        logits_BV = hidden_BH @ self._model.output_weight().t()
+        logits_BV = hidden_BH @ self._model.chunks[-1].output_weight().t()
         if self._layout.tp_size > 1:
             shards = [torch.empty_like(logits_BV) for _ in range(self._layout.tp_size)]
             dist.all_gather(shards, logits_BV.contiguous(), group=self._layout.tp_group)
@@ -168,7 +200,7 @@ class _Attached:
     """Lends a group's caches to the attention layers for one forward."""
 
     def __init__(self, model: PolicyModel, group: _Group) -> None:
-        self._layers = model.core_attentions()
+        self._layers = [layer for chunk in model.chunks for layer in chunk.core_attentions()]
         self._group = group
         if not group.caches:
             group.allocate(model)
@@ -252,9 +284,10 @@ class _Group:
         groups = config.num_query_groups // config.tensor_model_parallel_size
         length = int(self.prompt_lengths.max()) + self.all_uniforms.shape[1]
         shape = (len(self.prompts), groups, length, config.kv_channels)
-        for _ in model.core_attentions():
-            keys, values = (torch.zeros(shape, dtype=config.params_dtype) for _ in range(2))
-            self.caches.append(KVCache(keys, values))
+        for chunk in model.chunks:
+            for _ in chunk.core_attentions():
+                keys, values = (torch.zeros(shape, dtype=config.params_dtype) for _ in range(2))
+                self.caches.append(KVCache(keys, values))
 
     def after_forward(self) -> None:
         if self.in_prefill:

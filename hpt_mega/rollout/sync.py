@@ -32,7 +32,7 @@ class WeightSync:
     ) -> None:
         self._layout = layout
         self._shape = shape
-        mine = own_entries(model, family, shape)
+        mine = [entry for chunk in model.chunks for entry in own_entries(chunk, family, shape)]
         stages = self._first_stages({entry.megatron: Spec.of(part) for entry, part in mine})
         entries = list(family.entries(shape))
         check_names(
@@ -46,13 +46,14 @@ class WeightSync:
             for name, hf_shape in entry.hf_shapes(shape).items()
         }
         self.plan = plan_update(tensors, bucket_bytes)
-        held = [(entry, part) for entry, part in mine if stages[entry.megatron][0] == layout.pp_rank]
+        writes = layout.cp_rank == 0  # the other ranks of a context hold the same
+        held = [pair for pair in mine if writes and stages[pair[0].megatron][0] == layout.pp_rank]
         self._writes = plan_writes(self.plan, self._pieces(held, model))
         self._shared = self._open(bucket_bytes)
 
     def send(self, engines: Sequence[Receiver], policy_version: int) -> None:
         """Bring the engines, given on the leader only, to the current weights. Raises on all ranks alike."""
-        stream(self.plan, self._writes, self._shared, self._layout.model_group, engines, policy_version)
+        stream(self.plan, self._writes, self._shared, self._layout.replica_group, engines, policy_version)
 
     @property
     def path(self) -> str:

@@ -64,7 +64,10 @@ def start(job: Job) -> Any:
         tp_group=ps.get_tensor_model_parallel_group(),
         pp_group=ps.get_pipeline_model_parallel_group(),
         dp_group=ps.get_data_parallel_group(),
-        model_group=ps.get_model_parallel_group(),
+        cp_rank=0,
+        cp_size=1,
+        cp_group=ps.get_context_parallel_group(),
+        replica_group=ps.get_model_parallel_group(),
     )
 
 
@@ -78,10 +81,12 @@ def build_chunks(shape: Any, job: Job, dtype: torch.dtype = torch.float32) -> li
     config.virtual_pipeline_model_parallel_size = job.vpp
     config.num_layers_in_first_pipeline_stage = job.first_stage
     config.variable_seq_lengths = True
-    return [
+    chunks = [
         build_stage(shape, config, job.tp, vp_stage=chunk if job.vpp else None)
         for chunk in range(job.vpp or 1)
     ]
+    chunks[0].chunks = tuple(chunks)  # as build_model does
+    return chunks
 
 
 def logits(chunks: list[Any], layout: Any, shape: Any, tokens: Tensor = PROMPT) -> Tensor:

@@ -33,10 +33,9 @@ def load_and_export(job: Job, names: tuple[str, ...], models: Path, out: Path) -
         family = family_for(checkpoint.config)
         shape = family.read_shape(checkpoint.config)
         chunks = build_chunks(shape, job)
-        for chunk in chunks:
-            load_hf(chunk, checkpoint, family, shape, layout)
+        load_hf(chunks[0], checkpoint, family, shape, layout)
         computed[name] = logits(chunks, layout, shape)
-        export_hf(chunks, family, shape, out / name, models / name, layout)
+        export_hf(chunks[0], family, shape, out / name, models / name, layout)
     return computed
 
 

@@ -1,63 +1,16 @@
-"""Micro-batches hold every trajectory once, within the budget, each token where a plain loop puts it."""
+"""A packed micro-batch has each token where a plain loop puts it, and context ranks share it out."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpt_mega.data.packing import MicroBatch, collate, plan_microbatches
+from hpt_mega.data.packing import MicroBatch, collate, context_places
 from hpt_mega.trajectory import Source, Trajectory
-
-LENGTHS = st.lists(st.integers(2, 40), max_size=25)
-BUDGETS = st.integers(1, 120)
-
-
-@given(lengths=LENGTHS, budget=BUDGETS, at_least=st.integers(0, 30))
-def test_every_index_is_planned_exactly_once_in_at_least_as_many_groups(
-    lengths: list[int], budget: int, at_least: int
-) -> None:
-    plan = plan_microbatches(lengths, budget, at_least)
-    assert sorted(index for group in plan for index in group) == list(range(len(lengths)))
-    assert len(plan) >= at_least
-    freely = plan_microbatches(lengths, budget, 0)
-    assert all(freely)
-    assert len(plan) == max(at_least, len(freely))
-
-
-@given(lengths=LENGTHS, budget=BUDGETS, at_least=st.integers(0, 30))
-def test_a_group_keeps_the_budget_padding_included_unless_it_is_one_long_sequence(
-    lengths: list[int], budget: int, at_least: int
-) -> None:
-    for group in plan_microbatches(lengths, budget, at_least):
-        padded = max((lengths[i] for i in group), default=0) * len(group)
-        assert padded <= budget or len(group) == 1
-
-
-@given(lengths=LENGTHS, budget=BUDGETS)
-def test_no_two_neighbours_would_fit_together(lengths: list[int], budget: int) -> None:
-    plan = plan_microbatches(lengths, budget, 0)
-    for first, second in pairwise(plan):
-        longest = max(lengths[i] for i in first)
-        assert longest * (len(first) + 1) > budget
-        assert longest >= max(lengths[i] for i in second)
-
-
-@given(
-    sizes=st.lists(st.integers(2, 30), min_size=1, max_size=12), budget=BUDGETS, at_least=st.integers(0, 9)
-)
-def test_sequences_that_belong_together_share_a_group(sizes: list[int], budget: int, at_least: int) -> None:
-    together = [index % max(1, len(sizes) // 2) for index in range(len(sizes))]
-    plan = plan_microbatches(sizes, budget, at_least, together)
-    assert sorted(index for group in plan for index in group) == list(range(len(sizes)))
-    for group in plan:
-        assert all(
-            (other in group) == (together[other] in {together[i] for i in group})
-            for other in range(len(sizes))
-        )
 
 
 def trajectory(prompt: Sequence[int], response: Sequence[int], offline: bool, number: int) -> Trajectory:
@@ -79,31 +32,36 @@ TRAJECTORIES = st.lists(st.tuples(TOKENS, TOKENS, st.booleans()), min_size=1, ma
 )
 
 
-@given(trajectories=TRAJECTORIES, multiple_of=st.integers(1, 4))
+@given(trajectories=TRAJECTORIES, segment=st.integers(1, 4), times=st.integers(1, 3))
 def test_collate_puts_every_token_where_a_plain_loop_puts_it(
-    trajectories: list[Trajectory], multiple_of: int
+    trajectories: list[Trajectory], segment: int, times: int
 ) -> None:
-    batch = collate(trajectories, [float(i) for i in range(len(trajectories))], multiple_of)
-    width = batch.tokens_BS.shape[1]
-    longest = max(len(t.prompt_tokens) + len(t.response_tokens) for t in trajectories)
-    assert width % multiple_of == 0 and longest <= width < longest + multiple_of
-    responses = max(len(t.response_tokens) for t in trajectories)
-    predicted = []
+    advantages = [float(i) for i in range(len(trajectories))]
+    batch = collate(trajectories, advantages, segment_multiple=segment, row_multiple=segment * times)
+    tokens, positions, bounds, predicted = [], [], [0], []
     for row, t in enumerate(trajectories):
         whole = [*t.prompt_tokens, *t.response_tokens]
-        assert batch.tokens_BS[row].tolist() == whole + [0] * (width - len(whole))
-        for column in range(responses):
-            inside = column < len(t.response_tokens)
-            assert bool(batch.mask_BT[row, column]) == inside
-            engine = t.rollout_logp[column] if inside and t.rollout_logp else 0.0
+        for column, token in enumerate(t.response_tokens):
+            predicted.append((row, column, len(tokens) + len(t.prompt_tokens) + column - 1, token))
+            engine = t.rollout_logp[column] if t.rollout_logp else 0.0
             assert float(batch.rollout_logp_BT[row, column]) == engine
-            if inside:
-                predicted.append((row, column, len(t.prompt_tokens) + column - 1, t.response_tokens[column]))
-    found = zip(*(x.tolist() for x in indices(batch)), strict=True)
-    assert list(found) == predicted
-    assert batch.positions_1S.tolist() == [list(range(width))]
+        whole += [0] * (-len(whole) % segment)
+        tokens += whole
+        positions += range(len(whole))
+        bounds.append(len(tokens))
+    if rest := -len(tokens) % (segment * times):
+        tokens += [0] * rest
+        positions += range(rest)
+        bounds.append(len(tokens))
+    assert batch.tokens_1S.tolist() == [tokens]
+    assert batch.positions_1S.tolist() == [positions]
+    assert batch.boundaries_K.tolist() == bounds
+    assert batch.longest == max(b - a for a, b in pairwise(bounds))
+    assert list(zip(*(x.tolist() for x in indices(batch)), strict=True)) == predicted
+    lengths = batch.mask_BT.sum(1).tolist()
+    assert lengths == [len(t.response_tokens) for t in trajectories]
     assert batch.advantage_B is not None
-    assert batch.advantage_B.tolist() == [float(i) for i in range(len(trajectories))]
+    assert batch.advantage_B.tolist() == advantages
     assert batch.reward_B.tolist() == [t.reward for t in trajectories]
     assert batch.weight_B.tolist() == [t.weight for t in trajectories]
     assert batch.group_B.tolist() == [t.group for t in trajectories]
@@ -111,7 +69,7 @@ def test_collate_puts_every_token_where_a_plain_loop_puts_it(
 
 
 def indices(batch: MicroBatch) -> tuple[torch.Tensor, ...]:
-    return batch.rows_N, batch.columns_N, batch.query_positions_N, batch.targets_N
+    return batch.rows_N, batch.columns_N, batch.places_N, batch.targets_N
 
 
 @given(trajectories=TRAJECTORIES)
@@ -127,10 +85,21 @@ def test_the_response_grid_is_the_inverse_of_the_flat_response_tokens_and_keeps_
     assert torch.equal(gradient, 2 * values)
 
 
-def test_no_trajectory_at_all_gives_one_row_without_response_tokens() -> None:
-    batch = collate([], [], multiple_of=3)
-    assert batch.tokens_BS.shape == (1, 3)
+def test_no_trajectory_at_all_gives_a_row_without_response_tokens() -> None:
+    batch = collate([], [], row_multiple=3)
+    assert batch.tokens_1S.shape == (1, 3)
+    assert batch.boundaries_K.tolist() == [0, 3]
     assert all(len(part) == 0 for part in indices(batch))
     assert not batch.mask_BT.any()
     assert float(batch.to_response_grid(torch.empty(0)).sum()) == 0
     assert batch.weight_B.tolist() == batch.reward_B.tolist() == [0.0]
+
+
+@given(chunks=st.lists(st.integers(1, 5), min_size=1, max_size=5), size=st.integers(1, 4))
+def test_context_ranks_share_each_segment_in_mirrored_chunks(chunks: list[int], size: int) -> None:
+    bounds = [0, *accumulate(2 * size * chunk for chunk in chunks)]
+    places = [context_places(bounds, rank, size).tolist() for rank in range(size)]
+    assert sorted(place for own in places for place in own) == list(range(bounds[-1]))
+    for start, end in pairwise(bounds):
+        work = [sum(place - start + 1 for place in own if start <= place < end) for own in places]
+        assert len(set(work)) == 1  # the causal mask leaves each rank as many pairs

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +17,9 @@ from hpt_mega.megatron.attention import (
     KVCache,
     _short_bf16_attention,
     causal_attention,
+    packed_attention,
 )
+from hpt_mega.megatron.variants import WindowAttention
 
 LENGTH, BATCH, GROUPS, CHANNELS = 13, 3, 2, 5
 
@@ -106,6 +110,36 @@ def test_selected_rows_of_the_cache_keep_their_keys() -> None:
     assert torch.equal(cache.values_BGLD, torch.stack([values[2], values[0], values[0]]))
 
 
-def test_context_parallelism_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"set parallel\.cp=1"):
-        CoreAttention(SimpleNamespace(context_parallel_size=2), 1)
+@pytest.mark.parametrize("kernel", [causal_attention, _short_bf16_attention])
+def test_packed_segments_attend_as_if_each_were_alone(kernel: Any) -> None:
+    query, key, value = (x[:, 0] for x in inputs(6, torch.float64))
+    bounds = [0, 4, 5, LENGTH]
+    leaves = (query, key, value)
+    apart = torch.cat(
+        [expected_attention(*(x[a:b, None] for x in leaves))[:, 0] for a, b in pairwise(bounds)]
+    )
+    found = packed_attention(kernel, query, key, value, bounds)
+    for ours, right in zip(
+        outputs_and_gradients(found, leaves), outputs_and_gradients(apart, leaves), strict=True
+    ):
+        torch.testing.assert_close(ours, right, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("kernel", [causal_attention, _short_bf16_attention])
+def test_queries_that_come_last_see_all_keys_before_them(kernel: Any) -> None:
+    query, key, value = inputs(6, torch.float64)
+    whole = expected_attention(query, key, value)
+    torch.testing.assert_close(kernel(query[-5:], key, value), whole[-5:], rtol=1e-10, atol=1e-10)
+
+
+def test_a_window_of_packed_segments_is_that_of_each_alone() -> None:
+    query, key, value = (x[:, 0] for x in inputs(2, torch.float64))
+    bounds, window = [0, 6, LENGTH], 3
+    attention = WindowAttention(SimpleNamespace(context_parallel_size=1, window_size=(window - 1, 0)), 1)
+    found = attention(query, key, value, packed_seq_params=SimpleNamespace(cu_seqlens_q=torch.tensor(bounds)))
+    for at in range(LENGTH):
+        first = max(at - window + 1, 0 if at < 6 else 6)
+        for head in range(2):
+            scores = key[first : at + 1, head] @ query[at, head] * CHANNELS**-0.5
+            expected = scores.softmax(0) @ value[first : at + 1, head]
+            torch.testing.assert_close(found[at].view(2, -1)[head], expected, rtol=1e-9, atol=1e-9)

@@ -6,6 +6,7 @@ The reference is the paper's formula written out over one forward of each sequen
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,17 @@ from torch import Tensor
 
 from hpt_mega.config import ParallelConfig
 from hpt_mega.trajectory import Source, Trajectory
-from tests.megatron.tiny import VOCABULARY, build_policy, config, leave_job, load_llama, save_llama
+from tests.megatron.tiny import (
+    VOCABULARY,
+    build_policy,
+    config,
+    leave_job,
+    load_llama,
+    load_mixture,
+    named_gradients,
+    save_llama,
+    save_mixture,
+)
 from tests.ranks import run_ranks
 
 LENGTH = 9  # Dr.GRPO's constant
@@ -44,21 +55,38 @@ class Case:
     tied: bool = False
     budget: int = 40
     inert: int = 0  # micro-batches without a sequence
-    uneven: bool = False  # the first replica gets all but one of the trajectories
+    uneven: bool = False  # the first replica gets all but one of the trajectories, the second that one
     dtype: str = "fp32"
+    cp: int = 1
+    vpp: int = 1
+    ep: int = 1
+    recompute: str = "none"
+    overlap: bool = False
+    stage_layers: tuple[int, ...] = ()
+    experts: bool = False  # Qwen3-MoE in place of Llama
 
     @property
     def parallel(self) -> ParallelConfig:
-        return ParallelConfig(self.tp, self.pp, self.dp, self.sequence_parallel, self.distributed_optimizer)
+        names = [field.name for field in dataclasses.fields(ParallelConfig) if hasattr(self, field.name)]
+        given = {name: getattr(self, name) for name in names}
+        return ParallelConfig(**given | {"stage_layers": list(self.stage_layers)})
+
+    @property
+    def model(self) -> str:
+        return "experts" if self.experts else "tied" if self.tied else "untied"
 
     def __str__(self) -> str:
-        flags = ("sequence_parallel", "distributed_optimizer", "tied", "uneven")
-        words = [f"tp{self.tp}pp{self.pp}dp{self.dp}", *(name for name in flags if getattr(self, name))]
+        flags = ("sequence_parallel", "distributed_optimizer", "overlap", "uneven")
+        sizes = f"{self.model}-tp{self.tp}cp{self.cp}pp{self.pp}vpp{self.vpp}ep{self.ep}dp{self.dp}"
+        words = [sizes, *(name for name in flags if getattr(self, name))]
+        if self.recompute != "none":
+            words.append(self.recompute)
+        words += [f"layers{'_'.join(map(str, self.stage_layers))}"] if self.stage_layers else []
         return "-".join([*words, f"budget{self.budget}", f"inert{self.inert}", self.dtype])
 
     def share(self, items: Sequence[Any], rank: int) -> list[Any]:
         if self.uneven:
-            return list(items[:-1] if rank == 0 else items[-1:])
+            return list([items[:-1], items[-1:], [], []][rank])
         return list(items[rank :: self.dp])
 
 
@@ -71,14 +99,40 @@ LAYOUTS = [
     Case(tp=2, sequence_parallel=True, tied=True),
     Case(pp=2),
     Case(pp=2, tied=True),
+    Case(cp=2),
+    Case(cp=2, tied=True),
+    Case(tp=2, cp=2, sequence_parallel=True),
+    Case(cp=2, pp=2, tied=True),
+    Case(cp=2, dp=2, distributed_optimizer=True),
     Case(dp=2),
     Case(dp=2, distributed_optimizer=True),
     Case(dp=2, distributed_optimizer=True, tied=True),
+    Case(dp=4),
+    Case(dp=4, distributed_optimizer=True, tied=True),
     Case(tp=3),
     Case(pp=3),
     Case(pp=3, tied=True),
     Case(tp=2, pp=2, tied=True),
     Case(tp=2, pp=2, sequence_parallel=True),
+    Case(pp=2, vpp=3),
+    Case(pp=2, vpp=2, tied=True, budget=25),  # 1, 2, 2 and 1 layers
+    Case(pp=2, stage_layers=(4, 2), tied=True),
+    Case(pp=4),  # 1, 2, 2 and 1 layers
+    Case(tp=2, sequence_parallel=True, recompute="full"),
+    Case(pp=2, tied=True, recompute="selective"),
+    Case(cp=2, recompute="selective"),
+    Case(dp=2, overlap=True, tied=True),
+    Case(dp=2, pp=2, overlap=True, distributed_optimizer=True, recompute="full"),
+    Case(experts=True),
+    Case(experts=True, dp=2, ep=2),
+    Case(experts=True, dp=2, ep=2, distributed_optimizer=True, recompute="full"),
+    Case(experts=True, tp=2, ep=2, sequence_parallel=True),
+    Case(experts=True, tp=2, sequence_parallel=True),
+    Case(experts=True, cp=2, ep=2),
+    Case(experts=True, pp=2, vpp=2),
+    Case(experts=True, dp=4, ep=2, distributed_optimizer=True),
+    Case(experts=True, tp=2, dp=2, ep=4, sequence_parallel=True),
+    Case(experts=True, pp=2, dp=2, ep=2),
 ]
 SPLITS = [
     Case(budget=1),
@@ -89,6 +143,7 @@ SPLITS = [
     Case(tp=2, sequence_parallel=True, budget=19, inert=2),
     Case(dp=2, uneven=True, inert=1),
     Case(dp=2, uneven=True, distributed_optimizer=True, budget=23),
+    Case(dp=4, uneven=True, budget=1000),  # two replicas without any trajectory
     Case(pp=3, budget=1000),  # fewer micro-batches than stages
 ]
 ROUNDED = [Case(dtype="bf16", tied=True), Case(tp=2, dtype="bf16"), Case(pp=2, dtype="bf16", tied=True)]
@@ -139,8 +194,8 @@ class Reference:
         return float(sum(g.double().square().sum() for g in self.gradients.values())) ** 0.5
 
 
-def reference(folder: Path) -> Reference:
-    model = load_llama(folder)
+def reference(folder: Path, *, experts: bool = False) -> Reference:
+    model: Any = load_mixture(folder) if experts else load_llama(folder)
     total = loss = gap = entropy = 0.0
     everything = trajectories()
     for t in everything:
@@ -156,19 +211,20 @@ def reference(folder: Path) -> Reference:
             gap += float((logp_T.detach() - torch.tensor(t.rollout_logp)).abs().sum())
     assert isinstance(total, Tensor)
     total.backward()  # type: ignore[no-untyped-call]
-    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    return Reference(gradients, loss, gap, entropy)
+    return Reference(named_gradients(model), loss, gap, entropy)
 
 
-def megatron_gradients(cases: Sequence[Case], folders: dict[bool, Path]) -> dict[str, Any]:
+def megatron_gradients(cases: Sequence[Case], folders: dict[str, Path]) -> dict[str, Any]:
     """For every case: this rank's gradients by HF name, metrics, and the norm before clipping."""
-    from hpt_mega.data.packing import collate, plan_microbatches
+    from hpt_mega.data.balancing import plan_microbatches
+    from hpt_mega.data.packing import collate, round_up
+    from hpt_mega.megatron.optimizer import zero_gradients
     from hpt_mega.megatron.step import Objective, forward_backward, update
     from hpt_mega.objective import algorithm
 
     results = {}
     for case in cases:
-        policy = build_policy(folders[case.tied], config(case.parallel, dtype=case.dtype))
+        policy = build_policy(folders[case.model], config(case.parallel, dtype=case.dtype))
         estimator = algorithm("hpt", length=LENGTH)
         everything = trajectories()
         advantages = estimator.advantages(
@@ -177,21 +233,25 @@ def megatron_gradients(cases: Sequence[Case], folders: dict[bool, Path]) -> dict
             torch.tensor([int(t.source) for t in everything]),
         ).tolist()
         mine = case.share(list(zip(everything, advantages, strict=True)), policy.layout.dp_rank)
-        lengths = [len(t) for t, _ in mine]
-        count = len(plan_microbatches(lengths, case.budget))
-        (most,) = policy.layout.max_over_world([count])
-        plan = plan_microbatches(lengths, case.budget, at_least=int(most))
-        plan += [[] for _ in range(case.inert)]
+        segment = 2 * case.cp if case.cp > 1 else 1
+        row = math.lcm(segment, case.cp * case.tp if case.sequence_parallel else 1)
+        shares = [case.share(everything, rank) for rank in range(case.dp)]
+        plans = [
+            plan_microbatches([round_up(len(t), segment) for t in share], case.budget)[0] for share in shares
+        ]
+        plan = plans[policy.layout.dp_rank]
+        most = round_up(max(map(len, plans)) + case.inert, case.pp if case.vpp > 1 else 1)
+        plan += [[] for _ in range(most - len(plan))]
         microbatches = [
             collate(
                 [mine[i][0] for i in part],
                 [mine[i][1] for i in part],
-                multiple_of=case.tp if case.sequence_parallel else 1,
+                segment_multiple=segment,
+                row_multiple=row,
             )
             for part in plan
         ]
-        policy.wrapped.zero_grad_buffer()
-        policy.optimizer.zero_grad()
+        zero_gradients(policy.wrapped, policy.optimizer)
         objective = Objective(estimator, float(LENGTH * len(everything)), TEMPERATURE, VOCABULARY)
         metrics = forward_backward(policy.wrapped, microbatches, objective, policy.layout)
         norm = update(policy.optimizer) if not case.distributed_optimizer else None
@@ -209,18 +269,22 @@ def megatron_gradients(cases: Sequence[Case], folders: dict[bool, Path]) -> dict
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Path]:
-    return {tied: save_llama(tmp_path_factory.mktemp("llama"), tied=tied) for tied in (False, True)}
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return {
+        "untied": save_llama(tmp_path_factory.mktemp("untied"), tied=False),
+        "tied": save_llama(tmp_path_factory.mktemp("tied"), tied=True),
+        "experts": save_mixture(tmp_path_factory.mktemp("experts")),
+    }
 
 
 @pytest.fixture(scope="module")
-def references(folders: dict[bool, Path]) -> dict[bool, Reference]:
-    return {tied: reference(folder) for tied, folder in folders.items()}
+def references(folders: dict[str, Path]) -> dict[str, Reference]:
+    return {name: reference(folder, experts=name == "experts") for name, folder in folders.items()}
 
 
 @pytest.fixture(scope="module")
 def ranks_of(
-    folders: dict[bool, Path], tmp_path_factory: pytest.TempPathFactory
+    folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[Case], list[dict[str, Any]]]:
     """What every rank found for a case; all cases of one world size run in one job."""
     jobs: dict[int, list[dict[str, Any]]] = {}
@@ -257,25 +321,25 @@ def check(case: Case, ranks: list[dict[str, Any]], expected: Reference) -> None:
 
 @pytest.mark.parametrize("case", LAYOUTS, ids=str)
 def test_loss_gradient_and_its_norm_are_those_of_transformers_in_every_layout(
-    case: Case, ranks_of: Any, references: dict[bool, Reference]
+    case: Case, ranks_of: Any, references: dict[str, Reference]
 ) -> None:
-    check(case, ranks_of(case), references[case.tied])
+    check(case, ranks_of(case), references[case.model])
 
 
 @pytest.mark.parametrize("case", SPLITS, ids=str)
 def test_gradient_does_not_depend_on_microbatch_split_nor_on_who_has_which_sequence(
-    case: Case, ranks_of: Any, references: dict[bool, Reference]
+    case: Case, ranks_of: Any, references: dict[str, Reference]
 ) -> None:
     ranks = ranks_of(case)
     assert all(rank["plan"].count(0) >= case.inert for rank in ranks)
-    check(case, ranks, references[case.tied])
+    check(case, ranks, references[case.model])
 
 
 @pytest.mark.parametrize("case", ROUNDED, ids=str)
 def test_bf16_gradient_is_within_a_few_percent_of_fp32(
-    case: Case, ranks_of: Any, references: dict[bool, Reference]
+    case: Case, ranks_of: Any, references: dict[str, Reference]
 ) -> None:
-    expected = references[case.tied]
+    expected = references[case.model]
     for rank in ranks_of(case):
         names = rank["gradients"]
         error = sum(float((g - expected.gradients[name]).square().sum()) for name, g in names.items()) ** 0.5

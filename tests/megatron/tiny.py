@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Parameter
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from hpt_mega.config import Config, OptimizerConfig, ParallelConfig, PrecisionConfig
 
@@ -36,7 +36,7 @@ def save_llama(folder: Path, *, tied: bool, vocabulary: int = VOCABULARY) -> Pat
             num_key_value_heads=6,
             head_dim=6,
             intermediate_size=84,
-            max_position_embeddings=128,
+            max_position_embeddings=512,
             rms_norm_eps=1e-5,
             tie_word_embeddings=tied,
             initializer_range=0.15,
@@ -49,6 +49,59 @@ def save_llama(folder: Path, *, tied: bool, vocabulary: int = VOCABULARY) -> Pat
                 parameter.uniform_(0.7, 1.3)
     model.save_pretrained(folder)
     return folder
+
+
+def save_mixture(folder: Path) -> Path:
+    """A tiny Qwen3-MoE, likewise: 4 experts, 2 of them a token, in every layer."""
+    torch.manual_seed(12)
+    model = Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=48,
+            num_hidden_layers=4,
+            num_attention_heads=12,
+            num_key_value_heads=6,
+            head_dim=6,
+            intermediate_size=84,
+            moe_intermediate_size=20,
+            num_experts=4,
+            num_experts_per_tok=2,
+            norm_topk_prob=True,
+            max_position_embeddings=128,
+            initializer_range=0.15,
+            dtype="float32",
+        )
+    )
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.uniform_(0.7, 1.3)
+    model.save_pretrained(folder)
+    return folder
+
+
+def load_mixture(folder: Path) -> Qwen3MoeForCausalLM:
+    return Qwen3MoeForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+
+
+def named_gradients(model: torch.nn.Module) -> dict[str, Tensor]:
+    """The gradients of a transformers model by the names of its checkpoint, which holds each expert apart."""
+    found: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.grad is None:
+            continue
+        experts, _, matrix = name.rpartition(".experts.")
+        if not experts:
+            found[name] = parameter.grad
+            continue
+        for number, gradient in enumerate(parameter.grad):
+            parts = gradient.chunk(2) if matrix == "gate_up_proj" else [gradient]
+            names = ("gate_proj", "up_proj") if matrix == "gate_up_proj" else ("down_proj",)
+            for part_name, part in zip(names, parts, strict=True):
+                found[f"{experts}.experts.{number}.{part_name}.weight"] = part
+    return found
 
 
 def load_llama(folder: Path) -> LlamaForCausalLM:
@@ -70,8 +123,7 @@ class Policy:
     def entries(self) -> list[tuple[Any, Parameter]]:
         from hpt_mega.checkpoint.weights import own_entries
 
-        entries: list[tuple[Any, Parameter]] = own_entries(self.model, self.family, self.shape)
-        return entries
+        return [found for chunk in self.model.chunks for found in own_entries(chunk, self.family, self.shape)]
 
     def weights(self) -> dict[str, Tensor]:
         """Whole tensors of this rank's pipeline stage by HF name."""
@@ -88,7 +140,8 @@ class Policy:
         for entry, parameter in self.entries():
             whole = self._whole({entry.megatron: parameter.detach()})
             drawn = [given_gradient(name, tensor.shape, seed) for name, tensor in whole.items()]
-            part = entry.fusion.shard(drawn, self.shape, self.layout.tp_rank, self.layout.tp_size)
+            place = (0, 1) if entry.expert is not None else (self.layout.tp_rank, self.layout.tp_size)
+            part = entry.fusion.shard(drawn, self.shape, *place)
             parameter.main_grad.copy_(part)
 
     def _whole(self, mine: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -98,6 +151,12 @@ class Policy:
             if entry.megatron not in mine:
                 continue
             part = mine[entry.megatron].contiguous()
+            if entry.expert is not None:  # held whole
+                found |= {
+                    n: t.clone()
+                    for n, t in zip(entry.hf, entry.fusion.merge([part], self.shape), strict=True)
+                }
+                continue
             shards = [torch.empty_like(part) for _ in range(self.layout.tp_size)]
             dist.all_gather(shards, part, group=self.layout.tp_group)
             if part.dim() == 1:
@@ -109,10 +168,12 @@ class Policy:
 
     def _gather_gradient_shards(self) -> None:
         """Each data-parallel rank holds the sum for its share of a bucket only."""
-        for buffer in self.wrapped.buffers:
+        buffers = [b for chunk in self.wrapped.chunks for b in chunk.buffers + chunk.expert_parallel_buffers]
+        for buffer in buffers:
+            group = buffer.data_parallel_group
             for bucket in buffer.buckets:
-                share = bucket.grad_data.chunk(self.layout.dp_size)[self.layout.dp_rank].clone()
-                dist.all_gather_into_tensor(bucket.grad_data, share, group=self.layout.dp_group)
+                share = bucket.grad_data.chunk(group.size())[group.rank()].clone()
+                dist.all_gather_into_tensor(bucket.grad_data, share, group=group)
 
 
 def given_gradient(name: str, shape: torch.Size, seed: int) -> Tensor:

@@ -14,7 +14,16 @@ import torch
 
 from hpt_mega.config import ParallelConfig
 from hpt_mega.rollout.engine import SamplingParams
-from tests.megatron.tiny import VOCABULARY, build_policy, config, leave_job, load_llama, save_llama
+from tests.megatron.tiny import (
+    VOCABULARY,
+    build_policy,
+    config,
+    leave_job,
+    load_llama,
+    load_mixture,
+    save_llama,
+    save_mixture,
+)
 from tests.ranks import run_ranks
 
 LAYOUTS = {
@@ -24,6 +33,14 @@ LAYOUTS = {
     "pp2": ParallelConfig(1, 2, 1),
     "tp3": ParallelConfig(3, 1, 1),
     "pp3": ParallelConfig(1, 3, 1),
+    "pp2 interleaved": ParallelConfig(1, 2, 1, vpp=3),
+    "pp2 uneven": ParallelConfig(1, 2, 1, stage_layers=[4, 2]),
+    "cp2": ParallelConfig(1, 1, 1, cp=2),
+}
+EXPERTS = {
+    "replicas share experts": ParallelConfig(1, 1, 2, ep=2),
+    "tensor ranks share experts": ParallelConfig(2, 1, 1, sequence_parallel=True, ep=2),
+    "replicas of two stages": ParallelConfig(1, 2, 2, ep=2),
 }
 PROMPT_LENGTHS = (5, 1, 12, 3, 8)
 NEW_TOKENS = 14
@@ -99,6 +116,22 @@ def generate(layouts: list[str], folder: Path) -> dict[str, Any]:
     return results
 
 
+def generate_with_experts(layouts: list[str], folder: Path) -> dict[str, Any]:
+    """This replica's number and greedy tokens; the second replica has one prompt, the first all others."""
+    from hpt_mega.rollout.megatron import MegatronEngine
+
+    found: dict[str, Any] = {}
+    for name in layouts:
+        policy = build_policy(folder, config(EXPERTS[name]), train=False)
+        engine = MegatronEngine(policy.model, policy.layout, vocab_size=VOCABULARY, max_sequences=64)
+        dp, rank = policy.layout.dp_size, policy.layout.dp_rank
+        mine = prompts() if dp == 1 else (prompts()[1:], prompts()[:1])[rank]
+        samples = engine.generate(mine, GREEDY)
+        found[name] = {"rank": rank, "tokens": [list(sample.tokens) for (sample,) in samples]}
+        leave_job()
+    return found
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_llama(tmp_path_factory.mktemp("llama"), tied=True)
@@ -136,16 +169,36 @@ def test_every_rank_of_a_replica_knows_the_same_samples(layout: str, ranks: dict
 def test_greedy_tokens_are_those_of_transformers(layout: str, ranks: dict[str, Any], model: Any) -> None:
     found = tokens_of(ranks[layout][0]["greedy"]["samples"])
     for prompt, (ours,) in zip(prompts(), found, strict=True):
-        ids = torch.tensor([prompt])
-        theirs = model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=NEW_TOKENS,
-            do_sample=False,
-            eos_token_id=list(STOP),
-            pad_token_id=0,
-        )
-        assert list(ours) == theirs[0, len(prompt) :].tolist()
+        assert list(ours) == greedy(model, prompt)
+
+
+def greedy(model: Any, prompt: list[int]) -> list[int]:
+    """What transformers answers to the prompt alone."""
+    ids = torch.tensor([prompt])
+    found: list[int] = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=NEW_TOKENS,
+        do_sample=False,
+        eos_token_id=list(STOP),
+        pad_token_id=0,
+    )[0, len(prompt) :].tolist()
+    return found
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_replicas_that_share_experts_decode_unequally_much_and_end_together(
+    size: int, tmp_path: Path
+) -> None:
+    mixture = save_mixture(tmp_path / "mixture")
+    model = load_mixture(mixture)
+    names = [name for name, layout in EXPERTS.items() if layout.world_size == size]
+    for rank in run_ranks(generate_with_experts, size, tmp_path, names, mixture):
+        for name in names:
+            mine = prompts()
+            if EXPERTS[name].dp > 1:
+                mine = (mine[1:], mine[:1])[rank[name]["rank"]]
+            assert rank[name]["tokens"] == [greedy(model, prompt) for prompt in mine]
 
 
 @pytest.mark.parametrize("key", ["greedy", "sampled", "nucleus", "waves"])
