@@ -16,6 +16,7 @@ from typing import Any
 
 from hpt_mega.checkpoint.command import add_directions
 from hpt_mega.config import ConfigError, compose
+from hpt_mega.dryrun.command import configure as configure_dryrun
 from hpt_mega.planning.command import configure as configure_plan
 from hpt_mega.rewards.command import add_grade_options
 
@@ -84,6 +85,8 @@ def _parser() -> argparse.ArgumentParser:
     add_directions(convert)
 
     configure_plan(verbs.add_parser("plan", help="which layout fits a model on GPUs, and how fast it is"))
+
+    configure_dryrun(verbs.add_parser("dryrun", help="examine a job of any size without a GPU"))
 
     grade = verbs.add_parser(
         "grade",

@@ -30,6 +30,7 @@ class ConfigError(ValueError):
 @dataclass
 class ModelConfig:
     path: str = "models/smollm2-135m-instruct"  # a Hugging Face folder: config, safetensors, tokenizer
+    published: str = ""  # its config.json as a file of conf/, for `hpt dryrun` where the folder is not there
 
 
 @dataclass
@@ -39,10 +40,24 @@ class ParallelConfig:
     dp: int = 1
     sequence_parallel: bool = False
     distributed_optimizer: bool = False
+    cp: int = 1  # context: the tokens of each sequence over ranks
+    vpp: int = 1  # interleaved pipeline: model chunks a stage
+    ep: int = 1  # experts over tensor, context and data ranks
+    etp: int = 1  # tensor parallelism inside an expert
+    stage_layers: list[int] = field(default_factory=list)  # of each of pp x vpp chunks; empty: evenly
+    recompute: str = "none"  # none | selective | full: which activations the backward pass computes again
+    overlap: bool = False  # reduce gradients while the backward pass goes on
 
     @property
     def world_size(self) -> int:
-        return self.tp * self.pp * self.dp
+        return self.tp * self.cp * self.pp * self.dp
+
+    @property
+    def product(self) -> str:
+        """The number of processes as a sentence's subject."""
+        return (
+            f"parallel.tp x cp x pp x dp = {self.tp} x {self.cp} x {self.pp} x {self.dp} = {self.world_size}"
+        )
 
 
 @dataclass

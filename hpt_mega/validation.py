@@ -25,6 +25,7 @@ ENGINES = ("megatron",)
 PRECISIONS = ("bf16", "fp32")
 SCHEDULES = ("constant", "cosine", "linear")
 RESUME = ("never", "auto")
+RECOMPUTE = ("none", "selective", "full")
 
 Problems = Iterator[str]
 
@@ -35,29 +36,38 @@ def validate(cfg: Config) -> None:
     Reads the model's config.json, the run folder and the environment (torchrun, SLURM, number of GPUs).
     """
     shape, problems = _read_model(Path(cfg.model.path))
-    checks = chain(
-        problems,
-        _numbers(cfg),
-        _names(cfg),
-        _layout(cfg, shape),
-        _processes(cfg),
-        _batch(cfg),
-        _lengths(cfg, shape),
-        _objective(cfg),
-        _run_folder(cfg),
-    )
-    found = list(checks)
+    found = [*problems, *_files(cfg), *contradictions(cfg, shape), *_processes(cfg), *_run_folder(cfg)]
     if found:
         listed = "\n".join(f"  {number}. {problem}" for number, problem in enumerate(found, start=1))
         count = "1 problem" if len(found) == 1 else f"{len(found)} problems"
         raise ConfigError(f"{count} in the config; nothing was started\n{listed}")
 
 
+def missing_here(cfg: Config) -> list[str]:
+    """What the config names and this machine does not have: the model's folder, data files."""
+    return [*_read_model(Path(cfg.model.path))[1], *_files(cfg)]
+
+
+def contradictions(cfg: Config, shape: Mapping[str, Any]) -> list[str]:
+    """What is wrong with the config on any machine. `shape` is the model's config.json, or empty."""
+    checks = chain(
+        _numbers(cfg),
+        _names(cfg),
+        _layout(cfg, shape),
+        _pipeline(cfg, shape),
+        _experts(cfg, shape),
+        _batch(cfg),
+        _lengths(cfg, shape),
+        _objective(cfg),
+    )
+    return list(checks)
+
+
 def _read_model(folder: Path) -> tuple[Mapping[str, Any], list[str]]:
     """The model's config.json (empty where unreadable) and what is wrong with the folder."""
     how = (
-        f"make the demo's model with `python tools/prepare_demo_model.py --out {folder}`, or set model.path "
-        "to a Hugging Face folder"
+        "set model.path to a Hugging Face folder; the demo's is made by "
+        f"`python tools/prepare_demo_model.py --out {folder}`"
     )
     if not folder.is_dir():
         return {}, [f"model.path={folder}: no such folder (looked for {folder.absolute()}); {how}"]
@@ -77,7 +87,8 @@ def _read_model(folder: Path) -> tuple[Mapping[str, Any], list[str]]:
 
 def _numbers(cfg: Config) -> Problems:
     above_zero = (
-        "parallel.tp parallel.pp parallel.dp data.train_questions data.heldout_questions "
+        "parallel.tp parallel.cp parallel.pp parallel.dp parallel.vpp parallel.ep parallel.etp "
+        "data.train_questions data.heldout_questions "
         "data.max_prompt_tokens data.max_demonstration_tokens reward.workers reward.deadline_s "
         "rollout.max_new_tokens rollout.max_sequences rollout.top_p optimizer.lr critic.lr critic.clip "
         "trainer.steps trainer.updates_per_step trainer.questions_per_step trainer.tokens_per_microbatch "
@@ -109,20 +120,23 @@ def _names(cfg: Config) -> Problems:
         ("reward.kind", cfg.reward.kind, KINDS),
         ("optimizer.schedule", cfg.optimizer.schedule, SCHEDULES),
         ("resume", cfg.resume, RESUME),
+        ("parallel.recompute", cfg.parallel.recompute, RECOMPUTE),
     ):
         if value not in known:
             yield f"{key} is {value!r}, expected {' or '.join(known)}"
-    files = {"data.train_file": cfg.data.train_file, "data.heldout_file": cfg.data.heldout_file}
-    for key, file in files.items():
-        if file and not Path(file).is_file():
-            yield f"{key}={file}: no such file (looked for {Path(file).absolute()})"
-    if not cfg.data.tasks and not all(files.values()):
+    if not cfg.data.tasks and not (cfg.data.train_file and cfg.data.heldout_file):
         yield "data.tasks is empty; name a task, or choose a group such as data=demo"
     for index, task in enumerate(cfg.data.tasks):
         if task.name not in WRITERS:
             yield f"data.tasks.{index}.name is {task.name!r}, expected one of {', '.join(WRITERS)}"
         if not task.weight > 0:
             yield f"data.tasks.{index}.weight is {task.weight}, expected above 0"
+
+
+def _files(cfg: Config) -> Problems:
+    for key, file in (("data.train_file", cfg.data.train_file), ("data.heldout_file", cfg.data.heldout_file)):
+        if file and not Path(file).is_file():
+            yield f"{key}={file}: no such file (looked for {Path(file).absolute()})"
 
 
 def _layout(cfg: Config, shape: Mapping[str, Any]) -> Problems:
@@ -138,10 +152,65 @@ def _layout(cfg: Config, shape: Mapping[str, Any]) -> Problems:
         if count and parallel.tp > 0 and count % parallel.tp:
             fitting = _divisors(count, heads)
             yield f"parallel.tp is {parallel.tp} and the model has {count} {what}; expected one of {fitting}"
-    layers = shape.get("num_hidden_layers")
-    if layers and parallel.pp > 0 and layers % parallel.pp:
-        fitting = _divisors(layers, layers)
-        yield f"parallel.pp is {parallel.pp} and the model has {layers} layers; expected one of {fitting}"
+    if parallel.cp > 1 and "kv_lora_rank" in shape and not torch.cuda.is_available():
+        yield f"parallel.cp is {parallel.cp}; latent attention has no context parallelism on the CPU, set 1"
+
+
+def _pipeline(cfg: Config, shape: Mapping[str, Any]) -> Problems:
+    parallel, layers = cfg.parallel, shape.get("num_hidden_layers")
+    if parallel.vpp > 1 and parallel.pp == 1:
+        yield f"parallel.vpp is {parallel.vpp} and parallel.pp is 1; an interleaved pipeline needs pp above 1"
+    if min(parallel.pp, parallel.vpp) < 1 or not layers:
+        return
+    chunks = parallel.pp * parallel.vpp
+    if parallel.stage_layers:
+        given = parallel.stage_layers
+        if len(given) != chunks or sum(given) != layers or min(given) < 1:
+            yield (
+                f"parallel.stage_layers is {given}; expected parallel.pp x vpp = {chunks} numbers above 0 "
+                f"that add up to the model's {layers} layers"
+            )
+    elif chunks > layers:
+        yield (
+            f"parallel.pp x vpp is {parallel.pp} x {parallel.vpp} = {chunks} and the model has {layers} "
+            "layers; each chunk needs one"
+        )
+
+
+def _experts(cfg: Config, shape: Mapping[str, Any]) -> Problems:
+    parallel = cfg.parallel
+    count = next((shape[key] for key in _EXPERT_COUNTS if shape.get(key)), None)
+    if count is None:
+        for key in ("ep", "etp"):
+            if getattr(parallel, key) > 1:
+                yield f"parallel.{key} is {getattr(parallel, key)} and the model has no experts; set 1"
+        return
+    if min(parallel.tp, parallel.cp, parallel.dp, parallel.ep, parallel.etp) < 1:
+        return
+    if count % parallel.ep:
+        fitting = _divisors(count, count)
+        yield f"parallel.ep is {parallel.ep} and the model has {count} experts; expected one of {fitting}"
+    ranks, wanted = parallel.tp * parallel.cp * parallel.dp, parallel.ep * parallel.etp
+    if ranks % wanted:
+        yield (
+            f"parallel.ep x etp is {parallel.ep} x {parallel.etp} = {wanted} and its ranks are those of tp x "
+            f"cp x dp = {ranks}; expected a divisor of that"
+        )
+    if parallel.tp > 1 and not parallel.sequence_parallel:
+        yield (
+            f"the model has experts and parallel.tp is {parallel.tp}; megatron-core trains them with tensor "
+            "parallelism only together with parallel.sequence_parallel=true"
+        )
+    if parallel.etp > 1 and not torch.cuda.is_available():
+        yield f"parallel.etp is {parallel.etp}; over gloo the experts' exchange works with etp=1 only"
+    if cfg.rollout.engine == "megatron" and parallel.ep > 1 and parallel.vpp > 1:
+        yield (
+            f"rollout.engine=megatron cannot decode with parallel.ep={parallel.ep} and vpp={parallel.vpp}: "
+            "the replicas that share experts would meet in different layers; set one of the two to 1"
+        )
+
+
+_EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")  # of Qwen, Mixtral, DeepSeek
 
 
 def _divisors(number: int, limit: int | None) -> str:
@@ -150,7 +219,7 @@ def _divisors(number: int, limit: int | None) -> str:
 
 def _processes(cfg: Config) -> Problems:
     parallel = cfg.parallel
-    wanted = f"parallel.tp x pp x dp = {parallel.tp} x {parallel.pp} x {parallel.dp} = {parallel.world_size}"
+    wanted = parallel.product
     started = os.environ.get("WORLD_SIZE")
     nodes = os.environ.get("SLURM_JOB_NUM_NODES", "1")
     gpus = torch.cuda.device_count()
@@ -160,7 +229,7 @@ def _processes(cfg: Config) -> Problems:
     elif nodes != "1":
         yield f"this SLURM job has {nodes} nodes, `hpt train` starts processes on one; use srun torchrun"
     elif 0 < gpus < parallel.world_size:
-        yield f"{wanted} processes are wanted and this machine has {gpus} GPUs; lower one of the three"
+        yield f"{wanted} processes are wanted and this machine has {gpus} GPUs; lower one of them"
 
 
 def _batch(cfg: Config) -> Problems:

@@ -37,7 +37,11 @@ def test_the_default_config_and_every_algorithm_are_accepted(model_folder: MakeM
     [
         (("parallel.tp=2",), "parallel.tp is 2 and the model has 9 attention heads; expected one of 1, 3, 9"),
         (("parallel.tp=9",), "the model has 3 key/value heads; expected one of 1, 3"),
-        (("parallel.pp=4",), "parallel.pp is 4 and the model has 30 layers; expected one of 1, 2, 3, 5, 6"),
+        (("parallel.pp=16", "parallel.vpp=2"), "16 x 2 = 32 and the model has 30 layers"),
+        (("parallel.pp=1", "parallel.vpp=2"), "an interleaved pipeline needs pp above 1"),
+        (("parallel.pp=2", "parallel.stage_layers=[14,15]"), "expected parallel.pp x vpp = 2 numbers"),
+        (("parallel.ep=2",), "parallel.ep is 2 and the model has no experts"),
+        (("parallel.recompute=some",), "parallel.recompute is 'some', expected none or selective or full"),
         (("parallel.pp=0",), "parallel.pp is 0, expected above 0"),
         (("parallel.sequence_parallel=true",), "parallel.tp is 1"),
         (("parallel.dp=3", "trainer.questions_per_step=16"), "expected 15 or 18"),
@@ -72,7 +76,7 @@ def test_a_misuse_is_named_with_what_was_expected(
 
 def test_all_problems_are_listed_at_once(model_folder: MakeModel, tmp_path: Path) -> None:
     said = problems(
-        f"model.path={model_folder()}", f"run_dir={tmp_path}/run", "parallel.pp=7", "trainer.steps=0"
+        f"model.path={model_folder()}", f"run_dir={tmp_path}/run", "parallel.pp=31", "trainer.steps=0"
     )
     assert said.startswith("2 problems")
     assert "1. trainer.steps" in said
@@ -98,7 +102,7 @@ def test_the_number_of_started_processes_must_be_that_of_the_layout(
 ) -> None:
     fixed = (f"model.path={model_folder()}", f"run_dir={tmp_path}/run", "parallel.pp=2", "parallel.dp=1")
     monkeypatch.setenv("WORLD_SIZE", "3")
-    assert "WORLD_SIZE is 3 and parallel.tp x pp x dp = 1 x 2 x 1 = 2" in problems(*fixed)
+    assert "WORLD_SIZE is 3 and parallel.tp x cp x pp x dp = 1 x 1 x 2 x 1 = 2" in problems(*fixed)
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert problems(*fixed) == ""
     monkeypatch.delenv("WORLD_SIZE")

@@ -11,6 +11,7 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from hpt_mega.config import ParallelConfig
@@ -47,6 +48,11 @@ class PolicyModel(GPTModel):
     Log-probabilities are computed from the hidden states in chunks (objective/logprob.py), so logits of a
     whole batch never exist. Positions given per token let one forward serve padded batches and decoding.
     """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # the model chunks of this rank, of which this is the first; several in an interleaved pipeline
+        self.chunks: tuple[PolicyModel, ...] = (self,)
 
     def _preprocess(
         self, input_ids: Tensor, position_ids: Tensor, decoder_input: Tensor | None = None, **kwargs: Any
@@ -91,6 +97,20 @@ class PolicyModel(GPTModel):
                 set_model_to_sequence_parallel(self, set_to=True)
             self.train(training)
 
+    def attention_share(self) -> float:
+        """Attention's work on a sequence of L tokens is this times L of the work of the layers' matrices.
+
+        Two products of 2 * L**2 / 2 * (heads * channels) multiply-adds beside 2 * L a matrix entry.
+        """
+        config = self.config
+        width = config.num_attention_heads * config.kv_channels
+        keys = config.num_query_groups * config.kv_channels
+        forward = config.ffn_hidden_size
+        if config.num_moe_experts:
+            shared = config.moe_shared_expert_intermediate_size or 0
+            forward = config.moe_router_topk * config.moe_ffn_hidden_size + shared
+        return width / (config.hidden_size * (2 * width + 2 * keys + 3 * forward))
+
     @property
     def first_layer(self) -> int:
         """The index in the whole model of this chunk's first layer."""
@@ -103,6 +123,14 @@ class PolicyModel(GPTModel):
             return 0, 0, 1
         group = mixtures[0].experts.tp_group
         return mixtures[0].local_expert_indices[0], group.rank(), group.size()
+
+    def expert_groups(self) -> tuple[dist.ProcessGroup, dist.ProcessGroup] | None:
+        """The groups that share one expert's tensors, and all experts of a layer; None without experts."""
+        for chunk in self.chunks:
+            for layer in chunk.decoder.layers:
+                if isinstance(layer.mlp, MoELayer):
+                    return layer.mlp.experts.tp_group, layer.mlp.experts.ep_group
+        return None
 
     def core_attentions(self) -> list[CoreAttention]:
         return [layer.self_attention.core_attention for layer in self.decoder.layers]
@@ -139,11 +167,19 @@ def transformer_config(shape: ModelShape, parallel: ParallelConfig, dtype: torch
         attention_dropout=0.0,
         tensor_model_parallel_size=parallel.tp,
         pipeline_model_parallel_size=parallel.pp,
+        virtual_pipeline_model_parallel_size=parallel.vpp if parallel.vpp > 1 else None,
+        pipeline_model_parallel_layout=_stages(shape.num_layers, parallel),
+        # over gloo, megatron-core's default exchange gives wrong gradients in an interleaved pipeline
+        overlap_p2p_comm=parallel.vpp > 1,
+        batch_p2p_comm=parallel.vpp == 1,
+        context_parallel_size=parallel.cp,
+        expert_model_parallel_size=parallel.ep,
+        expert_tensor_parallel_size=parallel.etp,
         sequence_parallel=parallel.sequence_parallel,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype is torch.bfloat16,
-        variable_seq_lengths=parallel.pp > 1,  # each micro-batch is padded to its own longest sequence
+        variable_seq_lengths=parallel.pp > 1,  # each micro-batch has its own length
         moe_token_dispatcher_type="alltoall",  # the one that allows those varying lengths
         calculate_per_token_loss=True,  # the objective brings its own global denominator
         use_cpu_initialization=not on_gpu,
@@ -155,11 +191,28 @@ def transformer_config(shape: ModelShape, parallel: ParallelConfig, dtype: torch
         gradient_accumulation_fusion=False,
         apply_rope_fusion=False,
     )
+    options |= _RECOMPUTE[parallel.recompute]
     if shape.experts:
         options |= _expert_options(shape.experts, shape.num_layers)
     if shape.latent:
         return MLATransformerConfig(**options, **_latent_options(shape.latent, shape.rotary_base))
     return TransformerConfig(**options)
+
+
+_RECOMPUTE: dict[str, dict[str, Any]] = {
+    "none": {},
+    "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
+    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+}
+
+
+def _stages(num_layers: int, parallel: ParallelConfig) -> list[list[str]] | None:
+    """What each model chunk holds, where the layers do not divide evenly or the config says how they do."""
+    count = parallel.pp * parallel.vpp
+    if not parallel.stage_layers and num_layers % count == 0:
+        return None
+    stages = [["decoder"] * layers for layers in parallel.stage_layers or even_split(num_layers, count)]
+    return [["embedding", *stages[0]], *stages[1:-1], [*stages[-1], "loss"]]
 
 
 def _expert_options(experts: Experts, num_layers: int) -> dict[str, Any]:
@@ -249,8 +302,23 @@ def build_model(
     dtype: torch.dtype,
     kind: type[PolicyModel] = PolicyModel,
 ) -> PolicyModel:
-    """This rank's pipeline stage, with uninitialised weights, on the CPU or the current GPU."""
-    return build_stage(shape, transformer_config(shape, parallel, dtype), layout.tp_size, kind=kind)
+    """This rank's pipeline stage, with uninitialised weights, on the CPU or the current GPU: its first
+    chunk, which knows the others."""
+    config = transformer_config(shape, parallel, dtype)
+    stages = range(parallel.vpp) if parallel.vpp > 1 else [None]
+    chunks = tuple(build_stage(shape, config, layout.tp_size, stage, kind) for stage in stages)
+    chunks[0].chunks = chunks
+    return chunks[0]
+
+
+def even_split(layers: int, chunks: int) -> list[int]:
+    """Layers of each pipeline chunk; those in the middle get the ones left over, as the ends have the
+    embedding and the output layer."""
+    counts = [layers // chunks] * chunks
+    by_distance = sorted(range(chunks), key=lambda chunk: (abs(2 * chunk - chunks + 1), chunk))
+    for chunk in by_distance[: layers % chunks]:
+        counts[chunk] += 1
+    return counts
 
 
 def build_stage(

@@ -23,7 +23,7 @@ T = TypeVar("T")
 class Layout:
     """This process's place in the parallel layout, and its groups.
 
-    The model-parallel group (tensor x pipeline ranks of one data-parallel replica) works on the same
+    The replica group (tensor x context x pipeline ranks of one data-parallel replica) works on the same
     questions; its first rank is `leader`.
     """
 
@@ -33,12 +33,15 @@ class Layout:
     tp_size: int
     pp_rank: int
     pp_size: int
+    cp_rank: int
+    cp_size: int
     dp_rank: int
     dp_size: int
     tp_group: dist.ProcessGroup
     pp_group: dist.ProcessGroup
+    cp_group: dist.ProcessGroup
     dp_group: dist.ProcessGroup
-    model_group: dist.ProcessGroup
+    replica_group: dist.ProcessGroup
 
     @property
     def device(self) -> torch.device:
@@ -57,7 +60,7 @@ class Layout:
     @property
     def leader(self) -> int:
         """Global rank of this replica's first rank."""
-        return dist.get_global_rank(self.model_group, 0)
+        return dist.get_global_rank(self.replica_group, 0)
 
     @property
     def is_leader(self) -> bool:
@@ -70,7 +73,9 @@ class Layout:
     def broadcast_object(self, value: T | None, source: int | None = None) -> T:
         """Give every rank of this replica the leader's (or global rank `source`'s) object."""
         box: list[Any] = [value]
-        dist.broadcast_object_list(box, src=self.leader if source is None else source, group=self.model_group)
+        dist.broadcast_object_list(
+            box, src=self.leader if source is None else source, group=self.replica_group
+        )
         return box[0]
 
     def sum_over_data(self, values: Sequence[float]) -> list[float]:
@@ -98,7 +103,7 @@ def initialize(cfg: Config) -> Layout:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, timeout=timedelta(seconds=cfg.trainer.deadline_s))
-    layout = _build_groups(cfg.parallel)
+    layout = build_groups(cfg.parallel)
     _seed(cfg, layout)
     return layout
 
@@ -111,16 +116,22 @@ def shutdown() -> None:
         dist.destroy_process_group()
 
 
-def _build_groups(parallel: ParallelConfig) -> Layout:
+def build_groups(parallel: ParallelConfig) -> Layout:
+    """Megatron's groups over the default process group, whose size must be the layout's."""
     from megatron.core import parallel_state as ps
 
     if dist.get_world_size() != parallel.world_size:
         raise ValueError(
-            f"{dist.get_world_size()} processes were started, but parallel.tp x pp x dp = "
-            f"{parallel.tp} x {parallel.pp} x {parallel.dp} = {parallel.world_size}; start that many"
+            f"{dist.get_world_size()} processes were started, but {parallel.product}; start that many"
         )
     ps.initialize_model_parallel(
-        tensor_model_parallel_size=parallel.tp, pipeline_model_parallel_size=parallel.pp
+        tensor_model_parallel_size=parallel.tp,
+        pipeline_model_parallel_size=parallel.pp,
+        virtual_pipeline_model_parallel_size=parallel.vpp if parallel.vpp > 1 else None,
+        context_parallel_size=parallel.cp,
+        expert_model_parallel_size=parallel.ep,
+        expert_tensor_parallel_size=parallel.etp,
+        create_gloo_process_groups=dist.get_backend() != "fake",  # the ranks of a dry run have no peers
     )
     return Layout(
         rank=dist.get_rank(),
@@ -129,13 +140,29 @@ def _build_groups(parallel: ParallelConfig) -> Layout:
         tp_size=parallel.tp,
         pp_rank=ps.get_pipeline_model_parallel_rank(),
         pp_size=parallel.pp,
+        cp_rank=ps.get_context_parallel_rank(),
+        cp_size=parallel.cp,
         dp_rank=ps.get_data_parallel_rank(),
         dp_size=parallel.dp,
         tp_group=ps.get_tensor_model_parallel_group(),
         pp_group=ps.get_pipeline_model_parallel_group(),
+        cp_group=ps.get_context_parallel_group(),
         dp_group=ps.get_data_parallel_group(),
-        model_group=ps.get_model_parallel_group(),
+        replica_group=_replica_group(parallel),
     )
+
+
+def _replica_group(parallel: ParallelConfig) -> dist.ProcessGroup:
+    """The ranks of this process's replica, whose order is tensor, context, data, pipeline (fastest first)."""
+    inner = parallel.tp * parallel.cp
+    stride = inner * parallel.dp
+    replicas = [
+        [stage * stride + replica * inner + i for stage in range(parallel.pp) for i in range(inner)]
+        for replica in range(parallel.dp)
+    ]
+    mine: dist.ProcessGroup
+    mine, _ = dist.new_subgroups_by_enumeration(replicas)
+    return mine
 
 
 def _seed(cfg: Config, layout: Layout) -> None:

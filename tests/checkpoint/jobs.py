@@ -64,7 +64,10 @@ def start(job: Job) -> Any:
         tp_group=ps.get_tensor_model_parallel_group(),
         pp_group=ps.get_pipeline_model_parallel_group(),
         dp_group=ps.get_data_parallel_group(),
-        model_group=ps.get_model_parallel_group(),
+        cp_rank=0,
+        cp_size=1,
+        cp_group=ps.get_context_parallel_group(),
+        replica_group=ps.get_model_parallel_group(),
     )
 
 
