@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import platform
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
@@ -201,7 +202,7 @@ def compose(overrides: Iterable[str]) -> Config:
 def save(config: Config, path: Path) -> None:
     """Write the config as YAML; the file is complete whenever it exists."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}")
     OmegaConf.save(OmegaConf.structured(config), partial)
     partial.replace(path)
 

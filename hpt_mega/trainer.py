@@ -13,6 +13,7 @@ from hpt_mega.checkpoint.store import CheckpointStore
 from hpt_mega.config import Config
 from hpt_mega.data.loader import QuestionLoader
 from hpt_mega.evaluation.heldout import Accuracy, evaluate, overall
+from hpt_mega.interruption import Interruption
 from hpt_mega.megatron.learner import Learner
 from hpt_mega.megatron.runtime import Layout
 from hpt_mega.megatron.step import Metrics
@@ -41,10 +42,14 @@ class Trainer:
     store: CheckpointStore
     log: RunLog
     timer: PhaseTimer
+    interruption: Interruption
     step: int = 0  # optimizer steps done; also the policy's version
 
-    def run(self) -> None:
-        """Train from `self.step` to the configured number of steps, evaluating and saving on the way."""
+    def run(self) -> bool:
+        """Train from `self.step` to the configured number of steps, evaluating and saving on the way.
+
+        Returns whether that number was reached: a run that is asked to stop saves after its step, and stops.
+        """
         if self.step == 0:
             self.log.record(0, {"step": 0, **self.evaluate(), "timing": self.timer.take()})
         while self.step < self.cfg.trainer.steps:
@@ -52,8 +57,12 @@ class Trainer:
             if self._is_due(self.cfg.trainer.eval_every):
                 record |= self.evaluate()
             self.log.record(self.step, record | {"timing": self.timer.take()})
-            if self._is_due(self.cfg.trainer.save_every):
+            stop = self.interruption.reached_any(self.layout) and self.step < self.cfg.trainer.steps
+            if stop or self._is_due(self.cfg.trainer.save_every):
                 self.save()
+            if stop:
+                return False
+        return True
 
     def train_step(self) -> dict[str, Any]:
         """One step of HPT (arXiv 2509.04419, algorithm 1); returns its metrics."""

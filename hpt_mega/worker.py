@@ -23,6 +23,7 @@ from hpt_mega.checkpoint.weights import export_hf, load_hf  # noqa: E402
 from hpt_mega.config import Config, load  # noqa: E402
 from hpt_mega.data.loader import QuestionLoader  # noqa: E402
 from hpt_mega.data.questions import load_questions  # noqa: E402
+from hpt_mega.interruption import STOPPED_CODE, Interruption  # noqa: E402
 from hpt_mega.megatron import runtime  # noqa: E402
 from hpt_mega.megatron.critic import Critic, ValueModel, build_critic  # noqa: E402
 from hpt_mega.megatron.learner import Learner  # noqa: E402
@@ -41,39 +42,47 @@ from hpt_mega.trainer import Trainer  # noqa: E402
 
 def main(config_path: str) -> int:
     cfg = load(Path(config_path))
-    timer = PhaseTimer()
+    timer, interruption = PhaseTimer(), Interruption()
     layout = runtime.initialize(cfg)
     try:
-        train(cfg, layout, timer)
+        finished = train(cfg, layout, timer, interruption)
     except BaseException as error:
         _report_failure(Path(cfg.run_dir), layout, timer, error)
         raise
     runtime.shutdown()
-    return 0
+    return 0 if finished else STOPPED_CODE
 
 
-def train(cfg: Config, layout: Layout, timer: PhaseTimer) -> None:
-    """A whole run: build, resume where asked, train, export, summarise."""
+def train(cfg: Config, layout: Layout, timer: PhaseTimer, interruption: Interruption) -> bool:
+    """A whole run: build, resume where asked, train, export, summarise; returns whether it was not stopped."""
     run_dir = Path(cfg.run_dir)
     store = CheckpointStore(run_dir, keep=cfg.trainer.keep_checkpoints)
     resume_step = store.latest() if cfg.resume == "auto" else None
     with RunLog(cfg, layout, resume_step) as log:
-        trainer = build_trainer(cfg, layout, store, log, timer)
+        trainer = build_trainer(cfg, layout, store, log, timer, interruption)
         try:
             if resume_step is not None:
                 trainer.resume(resume_step)
-            trainer.run()
+            if not trainer.run():
+                print(f"stopped at step {trainer.step}, as asked; resume=auto goes on", flush=True)
+                return False
             if cfg.trainer.export_hf:
                 with timer.phase("export"):
                     export(cfg, layout, trainer)
             log.finish(timer.take())
+            return True
         finally:
             if trainer.rewards:
                 trainer.rewards.close()
 
 
 def build_trainer(
-    cfg: Config, layout: Layout, store: CheckpointStore, log: RunLog, timer: PhaseTimer
+    cfg: Config,
+    layout: Layout,
+    store: CheckpointStore,
+    log: RunLog,
+    timer: PhaseTimer,
+    interruption: Interruption,
 ) -> Trainer:
     """Every part of the training step, from the config."""
     checkpoint = HFCheckpoint(Path(cfg.model.path))
@@ -104,6 +113,7 @@ def build_trainer(
         store=store,
         log=log,
         timer=timer,
+        interruption=interruption,
     )
 
 
