@@ -54,10 +54,10 @@ def main(config_path: str) -> int:
 
 
 def train(cfg: Config, layout: Layout, timer: PhaseTimer, interruption: Interruption) -> bool:
-    """A whole run: build, resume where asked, train, export, summarise; returns whether it was not stopped."""
+    """A whole run: build, resume where asked, train, export, summarise. False where it was stopped."""
     run_dir = Path(cfg.run_dir)
     store = CheckpointStore(run_dir, keep=cfg.trainer.keep_checkpoints)
-    resume_step = store.latest() if cfg.resume == "auto" else None
+    resume_step = store.latest_whole() if cfg.resume == "auto" else None
     with RunLog(cfg, layout, resume_step) as log:
         trainer = build_trainer(cfg, layout, store, log, timer, interruption)
         try:

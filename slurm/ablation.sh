@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # A sweep as a job array, and a report when all have ended; values with commas are swept, as Hydra's --multirun:
 #   bash slurm/ablation.sh runs/ablation experiment=demo algorithm=hpt,grpo,luffy seed=1,2
+# AT_ONCE limits how many run together.
 # SBATCH_OPTIONS holds options for every job of the array, for instance "--nodes=2 --ntasks-per-node=8".
 #SBATCH --job-name=hpt_ablation
 #SBATCH --requeue
@@ -21,7 +22,7 @@ elif [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then
 else
   count=$(ask sweep "$folder" "${ARGUMENTS[@]:1}")
   read -ra options <<<"${SBATCH_OPTIONS:-}"
-  array=(sbatch --parsable "${options[@]}" --array="0-$((count - 1))" slurm/ablation.sh "$folder")
+  array=(sbatch --parsable "${options[@]}" --array="0-$((count - 1))${AT_ONCE:+%$AT_ONCE}" slurm/ablation.sh "$folder")
   if [ -n "$DRY_RUN" ]; then
     show "${array[@]}"
     show sbatch --dependency=afterany:JOB slurm/ablation.sh "$folder" --report

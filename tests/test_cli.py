@@ -13,7 +13,8 @@ from hpt_mega.objective import rows
 
 
 @pytest.mark.parametrize(
-    "verb", ["train", "report", "algorithms", "diagnose-gradient", "convert", "dryrun", "doctor"]
+    "verb",
+    ["train", "report", "algorithms", "diagnose-gradient", "convert", "checkpoints", "dryrun", "doctor"],
 )
 def test_every_verb_has_help_with_an_example(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:

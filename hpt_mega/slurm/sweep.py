@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,8 +20,20 @@ def expand(overrides: Sequence[str]) -> list[list[str]]:
         key, equals, values = override.partition("=")
         if not equals:
             raise ConfigError(f"got {override!r}, expected KEY=VALUE or KEY=VALUE,VALUE")
-        swept.append([f"{key}={value}" for value in re.split(r",(?![^\[{(]*[\]})])", values)])
+        swept.append([f"{key}={value}" for value in _split(values)])
     return [list(combination) for combination in itertools.product(*swept)]
+
+
+def _split(values: str) -> list[str]:
+    """At the commas outside all brackets."""
+    parts, depth = [""], 0
+    for character in values:
+        depth += (character in "[{(") - (character in "]})")
+        if character == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return parts
 
 
 def write_jobs(folder: Path, overrides: Sequence[str]) -> int:
