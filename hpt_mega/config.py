@@ -153,6 +153,15 @@ class TrainerConfig:
 
 
 @dataclass
+class TelemetryConfig:
+    """Beside metrics.jsonl, which every run writes."""
+
+    loggers: list[str] = field(default_factory=list)  # tensorboard, wandb (offline), mlflow
+    prometheus_port: int = 0  # 127.0.0.1:PORT/metrics of rank 0; 0: none
+    trace: bool = False  # phases of every rank in Chrome's format: logs/trace_rank*.json
+
+
+@dataclass
 class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
@@ -165,6 +174,7 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     critic: CriticConfig = field(default_factory=CriticConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
     run_dir: str = "runs/latest"
     resume: str = "never"  # never | auto
     seed: int = 1234

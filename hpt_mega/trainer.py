@@ -21,6 +21,7 @@ from hpt_mega.rewards.pool import RewardPool
 from hpt_mega.rollout.engine import RolloutEngine, Sample, SamplingParams
 from hpt_mega.scheduler.blend import Schedule, schedule
 from hpt_mega.scheduler.gate import Gate
+from hpt_mega.telemetry.health import Health, watch_for_hangs
 from hpt_mega.telemetry.metrics import PhaseTimer
 from hpt_mega.telemetry.run import RunLog
 from hpt_mega.trajectory import Question, Source, Trajectory
@@ -43,6 +44,7 @@ class Trainer:
     log: RunLog
     timer: PhaseTimer
     interruption: Interruption
+    health: Health
     step: int = 0  # optimizer steps done; also the policy's version
 
     def run(self) -> bool:
@@ -53,10 +55,13 @@ class Trainer:
         if self.step == 0:
             self.log.record(0, {"step": 0, **self.evaluate(), "timing": self.timer.take()})
         while self.step < self.cfg.trainer.steps:
+            watch_for_hangs(self.cfg.trainer.deadline_s)
             record = self.train_step()
             if self._is_due(self.cfg.trainer.eval_every):
                 record |= self.evaluate()
-            self.log.record(self.step, record | {"timing": self.timer.take()})
+            timing = self.timer.take()
+            self.log.record(self.step, record | {"timing": timing})
+            self.health.observe(self.step, timing)
             stop = self.interruption.reached_any(self.layout) and self.step < self.cfg.trainer.steps
             if stop or self._is_due(self.cfg.trainer.save_every):
                 self.save()

@@ -20,6 +20,7 @@ from hpt_mega.data.demonstrations import WRITERS
 from hpt_mega.objective import Row, algorithm
 from hpt_mega.rewards.pool import KINDS
 from hpt_mega.scheduler import gate
+from hpt_mega.telemetry.loggers import problems as logger_problems
 
 ENGINES = ("megatron",)
 PRECISIONS = ("bf16", "fp32")
@@ -124,6 +125,7 @@ def _names(cfg: Config) -> Problems:
     ):
         if value not in known:
             yield f"{key} is {value!r}, expected {' or '.join(known)}"
+    yield from logger_problems(cfg.telemetry.loggers)
     if not cfg.data.tasks and not (cfg.data.train_file and cfg.data.heldout_file):
         yield "data.tasks is empty; name a task, or choose a group such as data=demo"
     for index, task in enumerate(cfg.data.tasks):

@@ -35,8 +35,10 @@ from hpt_mega.resharding.mapping import ModelShape, family_for  # noqa: E402
 from hpt_mega.rewards.pool import RewardPool  # noqa: E402
 from hpt_mega.rollout.megatron import MegatronEngine  # noqa: E402
 from hpt_mega.scheduler.gate import gate  # noqa: E402
+from hpt_mega.telemetry.health import Health, stop_watching  # noqa: E402
 from hpt_mega.telemetry.metrics import PhaseTimer  # noqa: E402
 from hpt_mega.telemetry.run import RunLog  # noqa: E402
+from hpt_mega.telemetry.trace import Trace  # noqa: E402
 from hpt_mega.trainer import Trainer  # noqa: E402
 
 
@@ -56,6 +58,8 @@ def main(config_path: str) -> int:
 def train(cfg: Config, layout: Layout, timer: PhaseTimer, interruption: Interruption) -> bool:
     """A whole run: build, resume where asked, train, export, summarise. False where it was stopped."""
     run_dir = Path(cfg.run_dir)
+    if cfg.telemetry.trace:
+        timer.trace = Trace(run_dir / "logs" / f"trace_rank{layout.rank}.json", layout.rank)
     store = CheckpointStore(run_dir, keep=cfg.trainer.keep_checkpoints)
     resume_step = store.latest_whole() if cfg.resume == "auto" else None
     with RunLog(cfg, layout, resume_step) as log:
@@ -72,6 +76,7 @@ def train(cfg: Config, layout: Layout, timer: PhaseTimer, interruption: Interrup
             log.finish(timer.take())
             return True
         finally:
+            stop_watching()
             if trainer.rewards:
                 trainer.rewards.close()
 
@@ -114,6 +119,7 @@ def build_trainer(
         log=log,
         timer=timer,
         interruption=interruption,
+        health=Health(Path(cfg.run_dir)),
     )
 
 

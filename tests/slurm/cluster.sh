@@ -8,7 +8,12 @@ export SLURM_CONF=$base/slurm.conf
 
 stop() {
   local -a pids
-  timeout 10 scancel --full --user="$(id -un)" 2>/dev/null || true
+  timeout 10 scancel --full --signal=KILL --user="$(id -un)" 2>/dev/null || true
+  for _ in $(seq 100); do
+    [ -n "$(timeout 10 squeue --noheader 2>/dev/null)" ] || break
+    timeout 10 scancel --user="$(id -un)" 2>/dev/null || true
+    sleep 0.2
+  done
   mapfile -t pids < <(cat "$base"/run/*.pid 2>/dev/null)
   for _ in $(seq 50); do
     kill "${pids[@]}" 2>/dev/null || return 0
