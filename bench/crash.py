@@ -103,8 +103,8 @@ def main() -> None:
         "# SIGKILL at random instants",
         "",
         "`python bench/crash.py`: a toy model (1.6 M parameters), one process, a checkpoint every",
-        f"{SAVE_EVERY} steps, deterministic mode. After each kill the run is resumed; at the end its metrics are compared,",
-        "bit for bit, with those of a run never killed.",
+        f"{SAVE_EVERY} steps, deterministic mode. After each kill the run is resumed; at the end its metrics",
+        "are compared, bit for bit, with those of a run never killed.",
         "",
         "| kills | in a checkpoint's writing | steps | metrics equal | steps lost a kill, mean (most) "
         "| orphans | shared memory left |",

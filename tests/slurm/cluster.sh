@@ -31,7 +31,7 @@ SlurmctldPort=$port
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
-AuthInfo=socket=$base/run/munge.socket
+AuthInfo=socket=$base/run/munge.socket,cred_expire=5
 CredType=cred/munge
 StateSaveLocation=$base/state
 SlurmdSpoolDir=$base/spool-%n
