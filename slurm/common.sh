@@ -149,6 +149,16 @@ wait_for() {
   done
 }
 
+# A rank killed from outside may have lost its node, which Slurm notices later than srun. Slurm then ends this
+# script and requeues the job; where it does not, the rank was killed for another reason, such as its memory.
+await_node_failure() {
+  local seconds
+  seconds=$(scontrol show config | sed -n 's/^SlurmdTimeout *= \([0-9]*\).*/\1/p')
+  seconds=$((${seconds:-300} + 30))
+  echo "a rank was killed: waiting $seconds s for Slurm to find its node lost and requeue this job"
+  sleep "$seconds"
+}
+
 # Done, to be continued, or failed: in the last case one report names the rank that failed first.
 finish() {
   local run_dir=$1 code=$2
@@ -160,6 +170,7 @@ finish() {
     echo "done: $run_dir"
   else
     ask failures "$run_dir/logs" >&2
+    if grep -qE "Killed|[Nn]ode failure|unreachable" "$run_dir/logs/srun.log"; then await_node_failure; fi
   fi
   return "$code"
 }

@@ -6,13 +6,13 @@ What is seen goes to the terminal of rank 0 and to RUN_DIR/health.jsonl, never i
 from __future__ import annotations
 
 import faulthandler
+import resource
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch.distributed as dist
 
 from hpt_mega.telemetry import records
@@ -32,7 +32,7 @@ def watch_for_hangs(deadline_s: float) -> None:
     All ranks that hang then dump theirs, and the process groups' own deadline ends the run after it. The
     timer is a C thread: it also fires where the interpreter is stuck in a library.
     """
-    faulthandler.dump_traceback_later(DUMP_AT * deadline_s, file=sys.__stderr__)
+    faulthandler.dump_traceback_later(DUMP_AT * deadline_s, file=sys.stderr.fileno())
 
 
 def stop_watching() -> None:
@@ -51,6 +51,12 @@ def stragglers(timings: Sequence[Timing]) -> list[dict[str, Any]]:
     return found
 
 
+def resident_bytes() -> int:
+    """Of this process (Linux)."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize()
+
+
 class Health:
     """Looks at all ranks after each step; every rank calls observe()."""
 
@@ -61,7 +67,7 @@ class Health:
         self._warned = 0.0
 
     def observe(self, step: int, timing: Timing) -> None:
-        memory = psutil.Process().memory_info().rss
+        memory = resident_bytes()
         everyone: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(everyone, (dict(timing), memory))
         self._steps += 1
@@ -70,15 +76,15 @@ class Health:
         if dist.get_rank() != 0:
             return
         slow = stragglers([timing for timing, _ in everyone])
-        record = {"step": step, "rss": [used for _, used in everyone], "stragglers": slow}
-        records.append(self._path, record)
+        used = [memory for _, memory in everyone]
+        records.append(self._path, {"step": step, "rss": used, "stragglers": slow})
         for one in slow:
             print(
                 f"step {step}: rank {one['rank']} took {one['seconds']:.1f} s in {one['phase']}, "
                 f"the median rank {one['median']:.1f} s",
                 flush=True,
             )
-        self._alarm(step, record["rss"])
+        self._alarm(step, used)
 
     def _alarm(self, step: int, used: Sequence[int]) -> None:
         """Say so once for every further CREEP of growth."""

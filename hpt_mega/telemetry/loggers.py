@@ -5,6 +5,7 @@ All three write into RUN_DIR (wandb offline); the run's own record is metrics.js
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -62,8 +63,7 @@ class _TensorBoard:
 
 class _WandB:
     def __init__(self, run_dir: Path) -> None:
-        import wandb
-
+        wandb: Any = importlib.import_module("wandb")
         (run_dir / "wandb").mkdir(parents=True, exist_ok=True)
         self._run = wandb.init(
             project="hpt_mega", name=run_dir.name, id=run_dir.name, dir=str(run_dir), mode="offline"
@@ -78,8 +78,7 @@ class _WandB:
 
 class _MLflow:
     def __init__(self, run_dir: Path) -> None:
-        import mlflow
-
+        mlflow: Any = importlib.import_module("mlflow")
         folder = (run_dir / "mlflow").absolute()
         self._client = mlflow.MlflowClient(tracking_uri=f"sqlite:///{folder}.db")
         experiment = self._client.get_experiment_by_name(run_dir.name)

@@ -6,7 +6,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch.distributed as dist
@@ -40,11 +39,7 @@ def test_creeping_memory_is_told_once_for_each_further_growth(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     used = iter([900] * 5 + [1000] * 5 + [1050, 1090, 1110, 1120, 1150, 1230, 1240])
-    monkeypatch.setattr(
-        health.psutil,
-        "Process",
-        lambda: SimpleNamespace(memory_info=lambda: SimpleNamespace(rss=next(used) * 2**20)),
-    )
+    monkeypatch.setattr(health, "resident_bytes", lambda: next(used) * 2**20)
     watch = Health(tmp_path)
     for step in range(1, 18):
         watch.observe(step, {"train": 1.0})
