@@ -67,17 +67,18 @@ ask() {
   "${LAUNCH[@]}"
 }
 
+# errexit is off where a caller asks how this ended, hence the returns.
 # Every node says what it is; one process compares and names what is missing or unequal. Then NCCL is timed.
 preflight() {
   local run_dir=$1 folder=$1/preflight
   [ "${PREFLIGHT:-1}" != 0 ] || return 0
   [ -n "$DRY_RUN" ] || { rm -rf "$folder" && mkdir -p "$folder"; }
   on_nodes --ntasks-per-node=1 --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" \
-    -- "$PYTHON" -m hpt_mega.slurm node "$folder" "$run_dir"
+    -- "$PYTHON" -m hpt_mega.slurm node "$folder" "$run_dir" || return
   if [ -n "$DRY_RUN" ]; then
     show "$PYTHON" -m hpt_mega.slurm compare "$folder"
   else
-    ask compare "$folder" --nodes "$SLURM_JOB_NUM_NODES" --disk "${MIN_DISK_GIB:-50}"
+    ask compare "$folder" --nodes "$SLURM_JOB_NUM_NODES" --disk "${MIN_DISK_GIB:-50}" || return
   fi
   if [ -n "${SLURM_GPUS_ON_NODE:-}" ]; then
     on_nodes --ntasks="$SLURM_NTASKS" -- "$PYTHON" -m hpt_mega.slurm allreduce

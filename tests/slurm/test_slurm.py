@@ -136,10 +136,14 @@ def test_a_job_whose_node_is_lost_goes_on_elsewhere_with_the_same_metrics(
     victims = [process for process in psutil.process_iter() if is_of_node(process, job, others)]
     lost = {process.environ()["SLURMD_NODENAME"] for process in victims}
     assert len(lost) == 1
-    daemon = psutil.Process(int((cluster.folder / f"run/slurmd-{lost.pop()}.pid").read_text()))
+    name = lost.pop()
+    daemon = psutil.Process(int((cluster.folder / f"run/slurmd-{name}.pid").read_text()))
     for process in (daemon, *victims):
         process.kill()
-    output = cluster.wait_for_end(job, "lost")
+    try:
+        output = cluster.wait_for_end(job, "lost")
+    finally:
+        cluster.run("slurmd", "-f", str(cluster.folder / "slurm.conf"), "-N", name)  # for the next test
     assert "Restarts=1" in cluster.run("scontrol", "--oneliner", "show", "job", job)
     assert "done:" in output
     assert metrics(cluster.folder / "lost") == metrics(whole)
