@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from hpt_mega.checkpoint.command import add_directions
+from hpt_mega.checkpoint.manage import configure as configure_checkpoints
 from hpt_mega.config import ConfigError, compose
+from hpt_mega.dryrun.command import configure as configure_dryrun
 from hpt_mega.evaluation.command import configure as configure_eval
 from hpt_mega.planning.command import configure as configure_plan
 from hpt_mega.rewards.command import add_grade_options
@@ -85,7 +87,10 @@ def _parser() -> argparse.ArgumentParser:
     add_directions(convert)
 
     configure_eval(verbs.add_parser("eval", help="accuracy of a model on benchmarks"))
+    configure_checkpoints(verbs.add_parser("checkpoints", help="list, verify or prune a run's checkpoints"))
     configure_plan(verbs.add_parser("plan", help="which layout fits a model on GPUs, and how fast it is"))
+
+    configure_dryrun(verbs.add_parser("dryrun", help="examine a job of any size without a GPU"))
 
     grade = verbs.add_parser(
         "grade",

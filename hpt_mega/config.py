@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import platform
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
@@ -32,6 +33,7 @@ class ModelConfig:
     path: str = "models/smollm2-135m-instruct"  # a Hugging Face folder: config, safetensors, tokenizer
     rope_theta: float = 0.0  # in place of the folder's; 0: as it is. LUFFY trains Qwen2.5-Math with 40000
     max_positions: int = 0  # likewise; LUFFY: 16384
+    published: str = ""  # its config.json as a file of conf/, for `hpt dryrun` where the folder is not there
 
 
 @dataclass
@@ -239,6 +241,15 @@ class DebugConfig:
 
 
 @dataclass
+class TelemetryConfig:
+    """Beside metrics.jsonl, which every run writes."""
+
+    loggers: list[str] = field(default_factory=list)  # tensorboard, wandb (offline), mlflow
+    prometheus_port: int = 0  # 127.0.0.1:PORT/metrics of rank 0; 0: none
+    trace: bool = False  # phases of every rank in Chrome's format: logs/trace_rank*.json
+
+
+@dataclass
 class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
@@ -253,6 +264,7 @@ class Config:
     critic: CriticConfig = field(default_factory=CriticConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     debug: DebugConfig = field(default_factory=DebugConfig)
+    telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
     run_dir: str = "runs/latest"
     resume: str = "never"  # never | auto
     seed: int = 1234
@@ -290,7 +302,7 @@ def compose(overrides: Iterable[str]) -> Config:
 def save(config: Config, path: Path) -> None:
     """Write the config as YAML; the file is complete whenever it exists."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}")
     OmegaConf.save(OmegaConf.structured(config), partial)
     partial.replace(path)
 

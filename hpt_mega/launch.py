@@ -130,7 +130,8 @@ def failure_report(logs: Path) -> str:
     """One account of a failed run: the rank that failed first, in which phase, and the end of its log."""
     failure, count = _first_failure(logs)
     if failure is None:
-        return f"error: the run failed before any rank began\n{_tail(logs / 'torchrun.log')}\nlogs: {logs}"
+        starter = logs / ("srun.log" if (logs / "srun.log").is_file() else "torchrun.log")
+        return f"error: the run failed before any rank began\n{_tail(starter)}\nlogs: {logs}"
     others = f" ({count - 1} more failed after it)" if count > 1 else ""
     log = logs / f"rank{failure.rank}.log"
     return (
@@ -154,6 +155,7 @@ def _first_failure(logs: Path) -> tuple[Failure | None, int]:
         int(rank): int(code)
         for rank, code in re.findall(r"rank\s*: (\d+) \(local_rank.*\n\s*exitcode\s*: (-?\d+)", summary)
     }
+    codes |= _srun_codes(logs / "srun.log")
     count = len(codes.keys() | {note["rank"] for note in notes})
     for rank, code in codes.items():
         if code < 0 and code != -signal.SIGTERM:
@@ -163,9 +165,26 @@ def _first_failure(logs: Path) -> tuple[Failure | None, int]:
     if notes:
         return Failure(notes[0]["rank"], f"failed in phase {notes[0]['phase']}: {notes[0]['error']}"), count
     if codes:
-        rank, code = list(codes.items())[-1]  # torchrun names the root cause last
+        rank, code = list(codes.items())[
+            -1 if summary else 0
+        ]  # torchrun names the root cause last, srun first
         return Failure(rank, f"ended with exit code {code}"), count
     return None, 0
+
+
+def _srun_codes(log: Path) -> dict[int, int]:
+    """How tasks ended, in the order that srun noticed: exit codes, or the negative number of a signal."""
+    numbers = {signal.strsignal(number): -number for number in signal.valid_signals()}
+    text = log.read_text(errors="replace") if log.is_file() else ""
+    codes: dict[int, int] = {}
+    for tasks, code, words in re.findall(
+        r"srun: error: \S+: tasks? ([\d,-]+): (?:Exited with exit code (\d+)|([A-Z][A-Za-z ]+))", text
+    ):
+        for span in tasks.split(","):
+            first, _, last = span.partition("-")
+            for rank in range(int(first), int(last or first) + 1):
+                codes.setdefault(rank, int(code) if code else numbers.get(words.strip(), 1))
+    return codes
 
 
 def _tail(log: Path) -> str:

@@ -15,6 +15,7 @@ from hpt_mega.checkpoint.store import CheckpointStore
 from hpt_mega.config import Config
 from hpt_mega.data.loader import QuestionLoader
 from hpt_mega.evaluation.heldout import NONE, Accuracy, evaluate, overall
+from hpt_mega.interruption import Interruption
 from hpt_mega.megatron.learner import Learner
 from hpt_mega.megatron.runtime import Layout
 from hpt_mega.megatron.step import Metrics
@@ -24,6 +25,7 @@ from hpt_mega.rewards.pool import RewardPool
 from hpt_mega.rollout.engine import Collect, EngineError, RolloutEngine, Sample, SamplingParams
 from hpt_mega.scheduler.blend import Schedule, schedule
 from hpt_mega.scheduler.gate import Gate
+from hpt_mega.telemetry.health import Health, watch_for_hangs
 from hpt_mega.telemetry.metrics import PhaseTimer
 from hpt_mega.telemetry.run import RunLog
 from hpt_mega.trajectory import Question, Source, Trajectory
@@ -45,20 +47,32 @@ class Trainer:
     store: CheckpointStore
     log: RunLog
     timer: PhaseTimer
+    interruption: Interruption
+    health: Health
     step: int = 0  # optimizer steps done; also the policy's version
     asked: deque[tuple[Sequence[Question], Collect]] = field(default_factory=deque)  # from this step on
 
-    def run(self) -> None:
-        """Train from `self.step` to the configured number of steps, evaluating and saving on the way."""
+    def run(self) -> bool:
+        """Train from `self.step` to the configured number of steps, evaluating and saving on the way.
+
+        Returns whether that number was reached: a run that is asked to stop saves after its step, and stops.
+        """
         if self.step == 0:
             self.log.record(0, {"step": 0, **self.evaluate(), "timing": self.timer.take()})
         while self.step < self.cfg.trainer.steps:
+            watch_for_hangs(self.cfg.trainer.deadline_s)
             record = self.train_step()
             if self._is_due(self.cfg.trainer.eval_every):
                 record |= self.evaluate()
-            self.log.record(self.step, record | {"timing": self.timer.take()})
-            if self._is_due(self.cfg.trainer.save_every):
+            timing = self.timer.take()
+            self.log.record(self.step, record | {"timing": timing})
+            self.health.observe(self.step, timing)
+            stop = self.interruption.reached_any(self.layout) and self.step < self.cfg.trainer.steps
+            if stop or self._is_due(self.cfg.trainer.save_every):
                 self.save()
+            if stop:
+                return False
+        return True
 
     def train_step(self) -> dict[str, Any]:
         """One step of HPT (arXiv 2509.04419, algorithm 1); returns its metrics."""

@@ -28,6 +28,7 @@ from hpt_mega.replay import read_batches
 from hpt_mega.rewards.function import load_function
 from hpt_mega.rewards.pool import KINDS, is_kind
 from hpt_mega.scheduler import gate
+from hpt_mega.telemetry.loggers import problems as logger_problems
 
 ENGINES = ("megatron", "vllm")
 PRECISIONS = ("bf16", "fp32")
@@ -44,34 +45,40 @@ def validate(cfg: Config) -> None:
     Reads the model's config.json, the run folder and the environment (torchrun, SLURM, number of GPUs).
     """
     shape, problems = _read_model(Path(cfg.model.path))
-    checks = chain(
-        problems,
-        _numbers(cfg),
-        _names(cfg),
-        _layout(cfg, shape),
-        _fp8(cfg, shape),
-        _pipeline(cfg, shape),
-        _experts(cfg, shape),
-        _processes(cfg),
-        _batch(cfg),
-        _lengths(cfg, shape),
-        _objective(cfg),
-        _servers(cfg, shape),
-        _debug(cfg),
-        _run_folder(cfg),
-    )
-    found = list(checks)
+    found = [*problems, *_files(cfg), *contradictions(cfg, shape), *_processes(cfg), *_run_folder(cfg)]
     if found:
         listed = "\n".join(f"  {number}. {problem}" for number, problem in enumerate(found, start=1))
         count = "1 problem" if len(found) == 1 else f"{len(found)} problems"
         raise ConfigError(f"{count} in the config; nothing was started\n{listed}")
 
 
+def missing_here(cfg: Config) -> list[str]:
+    """What the config names and this machine does not have: the model's folder, data files, an engine."""
+    return [*_read_model(Path(cfg.model.path))[1], *_files(cfg)]
+
+
+def contradictions(cfg: Config, shape: Mapping[str, Any]) -> list[str]:
+    """What is wrong with the config on any machine. `shape` is the model's config.json, or empty."""
+    checks = chain(
+        _numbers(cfg),
+        _names(cfg),
+        _layout(cfg, shape),
+        _fp8(cfg, shape),
+        _pipeline(cfg, shape),
+        _experts(cfg, shape),
+        _batch(cfg),
+        _lengths(cfg, shape),
+        _objective(cfg),
+        _servers(cfg, shape),
+    )
+    return list(checks)
+
+
 def _read_model(folder: Path) -> tuple[Mapping[str, Any], list[str]]:
     """The model's config.json (empty where unreadable) and what is wrong with the folder."""
     how = (
-        f"make the demo's model with `python tools/prepare_demo_model.py --out {folder}`, or set model.path "
-        "to a Hugging Face folder"
+        "set model.path to a Hugging Face folder; the demo's is made by "
+        f"`python tools/prepare_demo_model.py --out {folder}`"
     )
     if not folder.is_dir():
         return {}, [f"model.path={folder}: no such folder (looked for {folder.absolute()}); {how}"]
@@ -137,6 +144,7 @@ def _names(cfg: Config) -> Problems:
             yield f"{key} is {value!r}, expected {' or '.join(known)}"
     yield from _reward(cfg.reward.kind)
     yield from _data(cfg)
+    yield from logger_problems(cfg.telemetry.loggers)
 
 
 def _reward(kind: str) -> Problems:
@@ -152,11 +160,6 @@ def _reward(kind: str) -> Problems:
 
 
 def _data(cfg: Config) -> Problems:
-    files = {"data.train_file": cfg.data.train_file, "data.heldout_file": cfg.data.heldout_file}
-    files |= {f"data.mixture.{i}.file": part.file for i, part in enumerate(cfg.data.mixture)}
-    for key, file in files.items():
-        if file and not is_prepared(file):
-            yield from _file(key, file)
     if cfg.data.mixture and cfg.data.train_file:
         yield "data.train_file and data.mixture are both given; put the file into the mixture"
     if not 0 < cfg.data.keep_solved <= 1:
@@ -182,6 +185,20 @@ def _file(key: str, file: str) -> Problems:
         )
     elif not file.startswith(HUB) and not Path(file).is_file():
         yield f"{key}={file}: no such file (looked for {Path(file).absolute()})"
+
+
+def _files(cfg: Config) -> Problems:
+    files = {"data.train_file": cfg.data.train_file, "data.heldout_file": cfg.data.heldout_file}
+    files |= {f"data.mixture.{i}.file": part.file for i, part in enumerate(cfg.data.mixture)}
+    for key, file in files.items():
+        if file and not is_prepared(file):
+            yield from _file(key, file)
+    yield from _debug(cfg)
+    if cfg.rollout.engine == "vllm" and importlib.util.find_spec("vllm") is None:
+        yield (
+            "rollout.engine is vllm, which is not installed; on GPUs `pip install -e '.[vllm]'`, without one "
+            "`make .venv/.vllm`, or set rollout=megatron"
+        )
 
 
 def _layout(cfg: Config, shape: Mapping[str, Any]) -> Problems:
@@ -427,11 +444,6 @@ def _servers(cfg: Config, shape: Mapping[str, Any]) -> Problems:
         yield (
             f"parallel.ep is {cfg.parallel.ep} and rollout.engine {rollout.engine}: a server is brought the "
             "weights of one replica, which lacks the others' experts; set ep=1 or rollout=megatron"
-        )
-    if importlib.util.find_spec("vllm") is None:
-        yield (
-            "rollout.engine is vllm, which is not installed; on GPUs `pip install -e '.[vllm]'`, without one "
-            "`make .venv/.vllm`, or set rollout=megatron"
         )
     if rollout.temperature not in (0.0, 1.0) and rollout.top_p < 1:
         yield (

@@ -25,6 +25,7 @@ from hpt_mega.checkpoint.weights import export_hf, load_hf  # noqa: E402
 from hpt_mega.config import Config, load  # noqa: E402
 from hpt_mega.data.loader import QuestionLoader  # noqa: E402
 from hpt_mega.data.questions import load_questions  # noqa: E402
+from hpt_mega.interruption import STOPPED_CODE, Interruption  # noqa: E402
 from hpt_mega.megatron import runtime  # noqa: E402
 from hpt_mega.megatron.critic import Critic, ValueModel, build_critic  # noqa: E402
 from hpt_mega.megatron.learner import Learner  # noqa: E402
@@ -40,8 +41,10 @@ from hpt_mega.rollout.served import Probe, ServedEngine  # noqa: E402
 from hpt_mega.rollout.sync import WeightSync  # noqa: E402
 from hpt_mega.rollout.vllm import ServerSettings, VLLMServer  # noqa: E402
 from hpt_mega.scheduler.gate import gate  # noqa: E402
+from hpt_mega.telemetry.health import Health, stop_watching  # noqa: E402
 from hpt_mega.telemetry.metrics import PhaseTimer  # noqa: E402
 from hpt_mega.telemetry.run import RunLog  # noqa: E402
+from hpt_mega.telemetry.trace import Trace  # noqa: E402
 from hpt_mega.trainer import Trainer  # noqa: E402
 from hpt_mega.trajectory import Question, Source, Trajectory  # noqa: E402
 
@@ -51,40 +54,51 @@ PROBE_BOUND = {"bf16": 0.15, "fp32": 1e-3}  # mean gap of their log-probabilitie
 
 def main(config_path: str) -> int:
     cfg = load(Path(config_path))
-    timer = PhaseTimer()
+    timer, interruption = PhaseTimer(), Interruption()
     layout = runtime.initialize(cfg)
     try:
-        train(cfg, layout, timer)
+        finished = train(cfg, layout, timer, interruption)
     except BaseException as error:
         report_failure(Path(cfg.run_dir), layout, timer, error)
         raise
     runtime.shutdown()
-    return 0
+    return 0 if finished else STOPPED_CODE
 
 
-def train(cfg: Config, layout: Layout, timer: PhaseTimer) -> None:
-    """A whole run: build, resume where asked, train, export, summarise."""
+def train(cfg: Config, layout: Layout, timer: PhaseTimer, interruption: Interruption) -> bool:
+    """A whole run: build, resume where asked, train, export, summarise. False where it was stopped."""
     run_dir = Path(cfg.run_dir)
+    if cfg.telemetry.trace:
+        timer.trace = Trace(run_dir / "logs" / f"trace_rank{layout.rank}.json", layout.rank)
     store = CheckpointStore(run_dir, keep=cfg.trainer.keep_checkpoints)
-    resume_step = store.latest() if cfg.resume == "auto" else None
+    resume_step = store.latest_whole() if cfg.resume == "auto" else None
     with RunLog(cfg, layout, resume_step) as log:
-        trainer = build_trainer(cfg, layout, store, log, timer)
+        trainer = build_trainer(cfg, layout, store, log, timer, interruption)
         try:
             if resume_step is not None:
                 trainer.resume(resume_step)
-            trainer.run()
+            if not trainer.run():
+                print(f"stopped at step {trainer.step}, as asked; resume=auto goes on", flush=True)
+                return False
             if cfg.trainer.export_hf:
                 with timer.phase("export"):
                     export(cfg, layout, trainer)
             log.finish(timer.take())
+            return True
         finally:
+            stop_watching()
             trainer.engine.close()
             if trainer.rewards:
                 trainer.rewards.close()
 
 
 def build_trainer(
-    cfg: Config, layout: Layout, store: CheckpointStore, log: RunLog, timer: PhaseTimer
+    cfg: Config,
+    layout: Layout,
+    store: CheckpointStore,
+    log: RunLog,
+    timer: PhaseTimer,
+    interruption: Interruption,
 ) -> Trainer:
     """Every part of the training step, from the config."""
     checkpoint = HFCheckpoint(Path(cfg.model.path))
@@ -124,6 +138,8 @@ def build_trainer(
         store=store,
         log=log,
         timer=timer,
+        interruption=interruption,
+        health=Health(Path(cfg.run_dir)),
     )
 
 

@@ -12,7 +12,10 @@ from hpt_mega.cli import CONFIG_ERROR, main
 from hpt_mega.objective import rows
 
 
-@pytest.mark.parametrize("verb", ["train", "report", "algorithms", "diagnose-gradient", "convert", "doctor"])
+@pytest.mark.parametrize(
+    "verb",
+    ["train", "report", "algorithms", "diagnose-gradient", "convert", "checkpoints", "dryrun", "doctor"],
+)
 def test_every_verb_has_help_with_an_example(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         main([verb, "--help"])

@@ -85,7 +85,7 @@ def test_a_saved_config_is_loaded_as_it_was(tmp_path: Path) -> None:
         ("trainer=4", "trainer.steps"),
         ("algorithm=grp", "did you mean grpo"),
         ("algorithm.name=grpo", "algorithm=grpo"),
-        ("experiment=nope", "known: demo, tiny"),
+        ("experiment=nope", "known: demo, hpt_70b, hpt_7b, hpt_moe, tiny"),
         ("demo", "expected KEY=VALUE"),
         ("+parallel.cp=2", "expected KEY=VALUE"),
     ],

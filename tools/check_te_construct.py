@@ -22,6 +22,7 @@ import traceback
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -144,7 +145,7 @@ def findings(scratch: Path) -> Iterator[Line]:
     from hpt_mega.megatron import runtime
 
     families: Any = importlib.import_module("tests.checkpoint.families")
-    layout = runtime.build_groups(ParallelConfig(1, 1, 1))
+    layout = runtime.build_groups(ParallelConfig(pp=1), timedelta(minutes=1))
     precisions = {"bf16": Fp8Config()}
     for name in ("delayed", "tensorwise", "blockwise", "mxfp8"):
         precisions[f"fp8_{name}"] = compose([f"precision=fp8_{name}"]).precision.fp8

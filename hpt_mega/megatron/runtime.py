@@ -110,7 +110,7 @@ def initialize(cfg: Config) -> Layout:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, timeout=timedelta(seconds=cfg.trainer.deadline_s))
-    layout = _build_groups(cfg.parallel, timedelta(seconds=cfg.trainer.deadline_s))
+    layout = build_groups(cfg.parallel, timedelta(seconds=cfg.trainer.deadline_s))
     _seed(cfg, layout)
     return layout
 
@@ -123,7 +123,8 @@ def shutdown() -> None:
         dist.destroy_process_group()
 
 
-def _build_groups(parallel: ParallelConfig, deadline: timedelta) -> Layout:
+def build_groups(parallel: ParallelConfig, deadline: timedelta) -> Layout:
+    """Megatron's groups over the default process group, whose size must be the layout's."""
     from megatron.core import parallel_state as ps
 
     if dist.get_world_size() != parallel.world_size:
@@ -138,6 +139,7 @@ def _build_groups(parallel: ParallelConfig, deadline: timedelta) -> Layout:
         expert_model_parallel_size=parallel.ep,
         expert_tensor_parallel_size=parallel.etp,
         distributed_timeout_minutes=math.ceil(deadline / timedelta(minutes=1)),
+        create_gloo_process_groups=dist.get_backend() != "fake",  # the ranks of a dry run have no peers
     )
     return Layout(
         rank=dist.get_rank(),

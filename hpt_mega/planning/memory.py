@@ -91,11 +91,13 @@ def microbatches_in_flight(layout: Layout, stage: int, microbatches: int) -> flo
 
 def memory(shape: ModelShape, job: Job, layout: Layout) -> Memory:
     """Of the fullest stage. Raises PlanError where the layout is impossible."""
+    return max(stage_memories(shape, job, layout), key=lambda found: found.total)
+
+
+def stage_memories(shape: ModelShape, job: Job, layout: Layout) -> list[Memory]:
+    """Of each pipeline stage. Raises PlanError where the layout is impossible."""
     ranks = Ranks.of(shape, job, layout)
-    return max(
-        (_stage(shape, job, layout, ranks, stage) for stage in range(layout.pp)),
-        key=lambda found: found.total,
-    )
+    return [_stage(shape, job, layout, ranks, stage) for stage in range(layout.pp)]
 
 
 def _stage(shape: ModelShape, job: Job, layout: Layout, ranks: Ranks, stage: int) -> Memory:

@@ -40,6 +40,7 @@ def limit_resources(memory_mib: int) -> None:
     signal.signal(
         signal.SIGINT, signal.SIG_IGN
     )  # Ctrl-C goes to the trainer, which ends us by closing the pipe
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # the trainer's; srun sends it to all that a task started
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
 
 

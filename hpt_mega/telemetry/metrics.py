@@ -8,12 +8,17 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from hpt_mega.telemetry.trace import Trace
 
 
 class PhaseTimer:
     """Charges every second to the innermost open phase, so that the phases' seconds add up."""
 
     def __init__(self) -> None:
+        self.trace: Trace | None = None  # also gets every phase, where there is one
         self._seconds: dict[str, float] = {}
         self._open: list[str] = []
         self._failed: str | None = None
@@ -30,6 +35,7 @@ class PhaseTimer:
         self._charge()
         self._open.append(name)
         self._failed = None
+        begun = time.perf_counter()
         try:
             yield
         except BaseException:
@@ -40,6 +46,8 @@ class PhaseTimer:
         finally:
             self._charge()
             self._open.pop()
+            if self.trace is not None:
+                self.trace.phase(name, time.perf_counter() - begun)
 
     def take(self) -> dict[str, float]:
         """Seconds by phase since the last call (or the start), and under "step" all that passed since."""

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from hpt_mega.config import Config
 from hpt_mega.telemetry import records
+from hpt_mega.telemetry.loggers import Logger, numbers_of, open_loggers
+from hpt_mega.telemetry.prometheus import PrometheusEndpoint
 from hpt_mega.telemetry.summary import ACCURACY, summarise
 from hpt_mega.telemetry.terminal import Terminal
 from hpt_mega.trajectory import Question
@@ -36,6 +38,7 @@ class RunLog:
         self._run_dir = Path(cfg.run_dir)
         self._metrics = self._run_dir / "metrics.jsonl"
         self._samples = self._run_dir / "samples.jsonl"
+        self._loggers: list[Logger] = []
         self._terminal = Terminal(cfg.trainer.steps, cfg.data.heldout_questions, done=resume_step or 0)
 
     def __enter__(self) -> RunLog:
@@ -47,6 +50,9 @@ class RunLog:
                     records.write_atomically(path, "")
                 else:
                     records.cut(path, self._resume_step)
+            self._loggers = open_loggers(self._cfg.telemetry.loggers, self._run_dir)
+            if self._cfg.telemetry.prometheus_port:
+                self._loggers.append(PrometheusEndpoint(self._cfg.telemetry.prometheus_port))
             self._terminal.start()
         return self
 
@@ -54,12 +60,16 @@ class RunLog:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._terminal.stop()
+        for logger in self._loggers:
+            logger.close()
 
     def record(self, step: int, record: Mapping[str, Any]) -> None:
         """Keep and show what was measured in a step (0: before training); "timing" holds seconds by phase."""
         if not self._is_writer:
             return
         records.append(self._metrics, record)
+        for logger in self._loggers:
+            logger.log(step, numbers_of(record))
         if step > 0:
             self._terminal.stepped(step, dict(record))
         if ACCURACY in record:

@@ -61,7 +61,7 @@ def live(job: Job, converted: Path, out: Path) -> float:
     chunks[0].load_state_dict(dist_checkpointing.load(wanted, str(converted / "release"))["model"])
     given = logits(chunks, layout, shape, token_ids())
     chunks[0].to(checkpoint.dtype)
-    export_hf(chunks, family, shape, out, MODEL, layout)
+    export_hf(chunks[0], family, shape, out, MODEL, layout)
     return perplexity(given, token_ids()) if layout.is_last_stage else 0.0
 
 

@@ -106,8 +106,7 @@ def convert_twice(job: Job, names: tuple[str, ...], models: Path, out: Path) -> 
         family = family_for(checkpoint.config)
         shape = family.read_shape(checkpoint.config)
         ours, theirs = build_chunks(shape, job), build_chunks(shape, job)
-        for chunk in ours:
-            load_hf(chunk, checkpoint, family, shape, layout)
+        load_hf(ours[0], checkpoint, family, shape, layout)
         bridge = bridge_of(models / name, shape, job.tp)
         with torch.no_grad():
             for chunk in theirs:
@@ -122,7 +121,7 @@ def convert_twice(job: Job, names: tuple[str, ...], models: Path, out: Path) -> 
                 for key, tensor in mine.state_dict().items()
                 if torch.is_tensor(tensor) and not torch.equal(tensor, other.state_dict()[key])
             ]
-        export_hf(ours, family, shape, out / name, models / name, layout)
+        export_hf(ours[0], family, shape, out / name, models / name, layout)
         if layout.rank == 0:
             different += differences(name, HFCheckpoint(out / name), exported, tied=shape.tied)
     return different

@@ -1,0 +1,60 @@
+"""The verb `hpt checkpoints`: which a run has, whether they are whole, and the removal of old ones.
+
+How they are written and found again is in store.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+from hpt_mega.config import ConfigError
+
+DAMAGED = 1  # exit code
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Give the verb's parser its options."""
+    parser.description = "The checkpoints of a run: list them, verify their files, remove old ones."
+    parser.epilog = (
+        "example: hpt checkpoints list runs/demo; hpt checkpoints verify runs/demo (exit code 1 where one is "
+        "damaged); hpt checkpoints prune runs/demo --keep 1"
+    )
+    parser.add_argument("what", choices=("list", "verify", "prune"))
+    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    parser.add_argument("--keep", type=int, default=2, metavar="N", help="prune: leave the N newest (2)")
+    parser.set_defaults(run=_run)
+
+
+def _run(options: argparse.Namespace) -> int:
+    from hpt_mega.checkpoint.store import CheckpointStore, damage
+
+    if not (options.run_dir / "config.yaml").is_file():
+        raise ConfigError(f"{options.run_dir} holds no config.yaml; expected the run_dir of `hpt train`")
+    if options.keep < 1:
+        raise ConfigError(f"--keep is {options.keep}, expected 1 or above")
+    store = CheckpointStore(options.run_dir, options.keep)
+    if options.what == "prune":
+        removed = store.prune(options.keep)
+        print(f"removed: {', '.join(map(str, removed)) or 'nothing'}; left: {_names(store.steps())}")
+        return 0
+    code = 0
+    for step in store.steps():
+        folder = store.path(step)
+        files = [path for path in folder.rglob("*") if path.is_file()]
+        gib = sum(path.stat().st_size for path in files) / 2**30
+        written = time.strftime("%Y-%m-%d %H:%M", time.localtime(folder.stat().st_mtime))
+        line = f"step {step}: {gib:.2f} GiB in {len(files)} files, {written}"
+        if options.what == "verify":
+            found = damage(folder)
+            code = DAMAGED if found else code
+            line += f"; damaged: {'; '.join(found)}" if found else "; whole"
+        print(line)
+    if not store.steps():
+        print(f"{options.run_dir} has no checkpoints")
+    return code
+
+
+def _names(steps: list[int]) -> str:
+    return ", ".join(map(str, steps)) or "nothing"

@@ -1,0 +1,119 @@
+"""What a configured job needs, by arithmetic: the planner's memory of each stage, the batch as it is cut.
+
+How the planner counts is in planning/; what a rank really holds is in rank.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from hpt_mega import planning
+from hpt_mega.config import Config
+from hpt_mega.planning.memory import GIB, RUNTIME_GIB, stage_memories
+from hpt_mega.planning.rollout import kv_bytes_per_token
+from hpt_mega.resharding.mapping import ModelShape
+
+
+@dataclass(frozen=True)
+class Stage:
+    """GiB on a GPU of one pipeline stage."""
+
+    training: planning.Memory
+    kv_cache: float  # of the embedded engine, at its largest
+
+    @property
+    def total(self) -> float:
+        """Of the fuller of the two phases; while the engine decodes, gradients and optimizer stay put."""
+        held = self.training.weights + self.training.gradients + self.training.optimizer
+        return max(self.training.total, held + RUNTIME_GIB + self.kv_cache)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """How a step's work is cut."""
+
+    questions: int  # of a replica
+    rollouts: int  # of the job
+    longest: int  # tokens of a sequence
+    row: int  # tokens of a micro-batch, at most
+    microbatches: int  # of a replica and update, at most
+    epochs: float
+
+
+def batch(cfg: Config) -> Batch:
+    """At most: every sequence as long as it may be, every demonstration in the batch too."""
+    trainer, rollout = cfg.trainer, cfg.rollout
+    response = max(rollout.max_new_tokens, cfg.data.max_demonstration_tokens)
+    longest = cfg.data.max_prompt_tokens + response
+    row = max(trainer.tokens_per_microbatch, longest)
+    questions = trainer.questions_per_step // cfg.parallel.dp
+    sequences = questions // trainer.updates_per_step * max(1, rollout.rollouts_per_question)
+    return Batch(
+        questions=questions,
+        rollouts=trainer.questions_per_step * rollout.rollouts_per_question,
+        longest=longest,
+        row=row,
+        microbatches=-(-sequences // (row // longest)),
+        epochs=trainer.steps * trainer.questions_per_step / cfg.data.train_questions,
+    )
+
+
+def stages(cfg: Config, shape: ModelShape) -> list[Stage]:
+    """Memory of each pipeline stage. Raises PlanError where the layout is impossible."""
+    parallel, cut = cfg.parallel, batch(cfg)
+    sized = planned_shape(shape)
+    multiple = parallel.tp * parallel.cp * 2
+    job = planning.Job(
+        gpus=parallel.world_size,
+        batch=parallel.dp * parallel.pp * max(1, cut.microbatches // parallel.pp),
+        seq=-(-cut.row // multiple) * multiple,
+        precision=_planned_precision(cfg),
+        distributed_optimizer=parallel.distributed_optimizer,
+    )
+    layout = planning.Layout(
+        **{key: getattr(parallel, key) for key in ("tp", "pp", "vpp", "cp", "ep", "etp", "recompute")}
+    )
+    found = stage_memories(sized, job, layout)
+    cached = cfg.rollout.max_sequences * cut.longest if cfg.rollout.engine == "megatron" else 0
+    kv_cache = cached * kv_bytes_per_token(sized, parallel.tp) / parallel.pp / GIB
+    return [Stage(training, kv_cache) for training in found]
+
+
+def planned_shape(shape: ModelShape) -> planning.ModelShape:
+    """The planner's sizes of a model whose config.json was read."""
+    experts, latent = shape.experts, shape.latent
+    sizes: dict[str, Any] = {}
+    if experts is not None:
+        sizes |= {
+            "experts": experts.count,
+            "topk": experts.top_k,
+            "expert_ffn": experts.ffn_hidden_size,
+            "shared_ffn": experts.shared_ffn_hidden_size or 0,
+            "dense_layers": experts.first_layer,
+        }
+    if latent is not None:
+        sizes |= {
+            "q_rank": latent.q_lora_rank,
+            "kv_rank": latent.kv_lora_rank,
+            "rope_dim": latent.qk_rope_head_dim,
+        }
+    return planning.ModelShape(
+        layers=shape.num_layers,
+        hidden=shape.hidden_size,
+        heads=shape.num_attention_heads,
+        ffn=0 if experts is not None and experts.first_layer == 0 else shape.ffn_hidden_size,
+        vocab=shape.vocab_size,
+        kv_heads=shape.num_query_groups,
+        head_dim=latent.qk_head_dim if latent is not None else shape.head_dim,
+        tied=shape.tied,
+        qkv_bias=shape.qkv_bias,
+        qk_norm=shape.qk_norm,
+        **sizes,
+    )
+
+
+def _planned_precision(cfg: Config) -> str:
+    """fp8 where a recipe is chosen, whatever it is."""
+    fp8 = getattr(cfg.precision, "fp8", None)
+    return "fp8" if fp8 is not None and fp8.recipe else "bf16"

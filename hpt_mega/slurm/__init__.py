@@ -1,0 +1,1 @@
+"""What the scripts in slurm/ ask of Python: checks of nodes, one rank of a job, sweeps."""

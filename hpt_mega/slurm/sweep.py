@@ -1,0 +1,86 @@
+"""Sweeps: the jobs that swept overrides stand for, and the comparison of their runs."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from hpt_mega.config import ConfigError, compose
+from hpt_mega.telemetry.records import write_atomically
+
+JOBS = "jobs.jsonl"
+
+
+def expand(overrides: Sequence[str]) -> list[list[str]]:
+    """Every combination of values with commas, as Hydra's --multirun; what brackets hold is one value."""
+    swept = []
+    for override in overrides:
+        key, equals, values = override.partition("=")
+        if not equals:
+            raise ConfigError(f"got {override!r}, expected KEY=VALUE or KEY=VALUE,VALUE")
+        swept.append([f"{key}={value}" for value in _split(values)])
+    return [list(combination) for combination in itertools.product(*swept)]
+
+
+def _split(values: str) -> list[str]:
+    """At the commas outside all brackets."""
+    parts, depth = [""], 0
+    for character in values:
+        depth += (character in "[{(") - (character in "]})")
+        if character == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return parts
+
+
+def write_jobs(folder: Path, overrides: Sequence[str]) -> int:
+    """Write the jobs of a sweep and return how many; each is composed, to find misspelt keys here."""
+    jobs = expand(overrides)
+    for job in jobs:
+        compose(job)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / JOBS, "".join(json.dumps(job) + "\n" for job in jobs))
+    return len(jobs)
+
+
+def read_job(folder: Path, index: int) -> list[str]:
+    """The overrides of a job, with a run_dir of its own."""
+    return [*_jobs(folder)[index], f"run_dir={folder}/{index}"]
+
+
+def report(folder: Path) -> str:
+    """A table of all jobs by what they were swept over, best first; also FOLDER/report.md."""
+    jobs = _jobs(folder)
+    fixed = set.intersection(*map(set, jobs))
+    rows = []
+    for index, job in enumerate(jobs):
+        summary = folder / str(index) / "summary.json"
+        name = " ".join(override for override in job if override not in fixed) or "(all)"
+        if summary.is_file():
+            found = json.loads(summary.read_text())
+            rows.append(
+                (
+                    -found["final_accuracy"],
+                    f"| {name} | {found['initial_accuracy']:.3f} | {found['final_accuracy']:.3f} "
+                    f"| {found['steps']} | {folder}/{index} |",
+                )
+            )
+        else:
+            rows.append((1.0, f"| {name} | | did not finish | | {folder}/{index} |"))
+    lines = [
+        f"# {len(jobs)} runs with {' '.join(sorted(fixed)) or 'nothing in common'}",
+        "",
+        "| swept | accuracy before | after | steps | run |",
+        "|---|---|---|---|---|",
+        *(line for _, line in sorted(rows)),
+    ]
+    text = "\n".join(lines) + "\n"
+    write_atomically(folder / "report.md", text)
+    return text
+
+
+def _jobs(folder: Path) -> list[list[str]]:
+    return [json.loads(line) for line in (folder / JOBS).read_text().splitlines()]

@@ -1,0 +1,177 @@
+# What the job scripts share: settings, pre-flight, the start of all ranks, requeueing. Source it; run nothing.
+# shellcheck shell=bash
+#
+# Settings, from the environment:
+#   HPT_ROOT       the repository; default: the folder that sbatch was called in
+#   PYTHON         the interpreter; default: $HPT_ROOT/.venv/bin/python
+#   CONTAINER      an image for enroot/pyxis (srun --container-image); default: none
+#   APPTAINER      an image for apptainer; default: none
+#   MOUNTS         further folders a container sees, with commas
+#   MIN_DISK_GIB   free space that every node must have in the run's folder (50)
+#   PREFLIGHT      0 leaves the checks of the nodes out (1)
+#   SRUN_OPTIONS   further options of every srun
+# Options of every script: --dry-run prints what would be launched; everything else goes to hpt.
+
+set -euo pipefail
+
+HPT_ROOT=${HPT_ROOT:-${SLURM_SUBMIT_DIR:-$PWD}}
+PYTHON=${PYTHON:-$HPT_ROOT/.venv/bin/python}
+DRY_RUN=
+ARGUMENTS=()
+
+# Take --dry-run out of the arguments; the rest is in ARGUMENTS.
+parse_arguments() {
+  local argument
+  for argument in "$@"; do
+    if [ "$argument" = --dry-run ]; then DRY_RUN=1; else ARGUMENTS+=("$argument"); fi
+  done
+}
+
+# Print a command as it could be typed.
+show() {
+  printf '%q ' "$@"
+  echo
+}
+
+# Put together srun with the container's options, and the command after "--", in LAUNCH.
+prepare() {
+  LAUNCH=(srun --kill-on-bad-exit=1)
+  local -a extra=()
+  [ -z "${SRUN_OPTIONS:-}" ] || read -ra extra <<<"$SRUN_OPTIONS"
+  LAUNCH+=("${extra[@]}")
+  if [ -n "${CONTAINER:-}" ]; then
+    LAUNCH+=("--container-image=$CONTAINER" "--container-workdir=$HPT_ROOT"
+      "--container-mounts=$HPT_ROOT:$HPT_ROOT${MOUNTS:+,$MOUNTS}")
+  fi
+  while [ "$1" != -- ]; do
+    LAUNCH+=("$1")
+    shift
+  done
+  shift
+  if [ -n "${APPTAINER:-}" ]; then
+    LAUNCH+=(apptainer exec --nv --bind "$HPT_ROOT${MOUNTS:+,$MOUNTS}" "$APPTAINER")
+  fi
+  LAUNCH+=("$@")
+}
+
+# Run it, or print it.
+on_nodes() {
+  prepare "$@"
+  if [ -n "$DRY_RUN" ]; then show "${LAUNCH[@]}"; else "${LAUNCH[@]}"; fi
+}
+
+# hpt_mega.slurm in this script's own place, or in the container on one node.
+ask() {
+  LAUNCH=("$PYTHON" -m hpt_mega.slurm "$@")
+  [ -z "${CONTAINER:-}${APPTAINER:-}" ] || [ -n "$DRY_RUN" ] || prepare --nodes=1 --ntasks=1 -- "${LAUNCH[@]}"
+  "${LAUNCH[@]}"
+}
+
+# errexit is off where a caller asks how this ended, hence the returns.
+# Every node says what it is; one process compares and names what is missing or unequal. Then NCCL is timed.
+preflight() {
+  local run_dir=$1 folder=$1/preflight
+  [ "${PREFLIGHT:-1}" != 0 ] || return 0
+  [ -n "$DRY_RUN" ] || { rm -rf "$folder" && mkdir -p "$folder"; }
+  on_nodes --ntasks-per-node=1 --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" \
+    -- "$PYTHON" -m hpt_mega.slurm node "$folder" "$run_dir" || return
+  if [ -n "$DRY_RUN" ]; then
+    show "$PYTHON" -m hpt_mega.slurm compare "$folder"
+  else
+    ask compare "$folder" --nodes "$SLURM_JOB_NUM_NODES" --disk "${MIN_DISK_GIB:-50}" || return
+  fi
+  if [ -n "${SLURM_GPUS_ON_NODE:-}" ]; then
+    on_nodes --ntasks="$SLURM_NTASKS" -- "$PYTHON" -m hpt_mega.slurm allreduce
+  fi
+}
+
+# hpt train with these overrides, one task a rank; saves, requeues and resumes when the time limit nears.
+run_training() {
+  local run_dir port code=0
+  enter_job || return 0
+  run_dir=$(ask run-dir "$@")
+  port=$((20000 + ${SLURM_JOB_ID:-0} % 20000))
+  MASTER_ADDR=${MASTER_ADDR:-$(first_node)}
+  export MASTER_ADDR MASTER_PORT=$port OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} PYTHONUNBUFFERED=1
+  [ -n "$DRY_RUN" ] || { mkdir -p "$run_dir/logs" && rm -f "$run_dir"/logs/{failure_rank*.json,stopped}; }
+  preflight "$run_dir" || { echo "error: pre-flight failed; nothing was trained" >&2 && return 3; }
+
+  local command=("$PYTHON" -m hpt_mega.slurm rank "$@" resume=auto)
+  local options=(--ntasks="${SLURM_NTASKS:-1}" --output="$run_dir/logs/rank%t.log" --open-mode=append)
+  if [ -n "$DRY_RUN" ]; then
+    on_nodes "${options[@]}" -- "${command[@]}"
+    return
+  fi
+  prepare "${options[@]}" -- "${command[@]}"
+  "${LAUNCH[@]}" 2>"$run_dir/logs/srun.log" &
+  local child=$!
+  # srun passes the signal on to every rank
+  trap 'echo "asked to stop: saving at the end of the step"; kill -USR1 "$child"' USR1
+  wait_for "$child" || code=$?
+  trap - USR1
+  finish "$run_dir" "$code"
+}
+
+# Outside a job: submit this script, or with --dry-run say so and go on with stand-ins for Slurm's variables.
+enter_job() {
+  if [ -n "${SLURM_JOB_ID:-}" ]; then
+    cd "$HPT_ROOT"
+    return 0
+  fi
+  local submit=(sbatch "$0" "${ARGUMENTS[@]}")
+  if [ -z "$DRY_RUN" ]; then
+    "${submit[@]}"
+    return 1
+  fi
+  show "${submit[@]}"
+  SLURM_JOB_NUM_NODES=$(sbatch_value nodes 1)
+  SLURM_NTASKS=$((SLURM_JOB_NUM_NODES * $(sbatch_value ntasks-per-node 1)))
+  SLURM_GPUS_ON_NODE=$(sbatch_value gpus-per-node "")
+}
+
+# The value of an #SBATCH option of this script.
+sbatch_value() {
+  local found
+  found=$(sed -n "s/^#SBATCH --$1=//p" "$0" | head -n 1)
+  echo "${found:-$2}"
+}
+
+first_node() {
+  if [ -n "${SLURM_JOB_NODELIST:-}" ]; then scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1; else echo NODE0; fi
+}
+
+# Wait for a child to end, through signals; returns its exit code.
+wait_for() {
+  local code=0
+  while true; do
+    code=0
+    wait "$1" || code=$?
+    kill -0 "$1" 2>/dev/null || return "$code"
+  done
+}
+
+# A rank killed from outside may have lost its node, which Slurm notices later than srun. Slurm then ends this
+# script and requeues the job; where it does not, the rank was killed for another reason, such as its memory.
+await_node_failure() {
+  local seconds
+  seconds=$(scontrol show config | sed -n 's/^SlurmdTimeout *= \([0-9]*\).*/\1/p')
+  seconds=$((${seconds:-300} + 30))
+  echo "a rank was killed: waiting $seconds s for Slurm to find its node lost and requeue this job"
+  sleep "$seconds"
+}
+
+# Done, to be continued, or failed: in the last case one report names the rank that failed first.
+finish() {
+  local run_dir=$1 code=$2
+  if [ "$code" = 0 ] && [ -e "$run_dir/logs/stopped" ]; then
+    echo "saved; requeueing job $SLURM_JOB_ID"
+    scontrol requeue "$SLURM_JOB_ID"
+    sleep 60 # Slurm ends this script
+  elif [ "$code" = 0 ]; then
+    echo "done: $run_dir"
+  else
+    ask failures "$run_dir/logs" >&2
+    if grep -qE "Killed|[Nn]ode failure|unreachable" "$run_dir/logs/srun.log"; then await_node_failure; fi
+  fi
+  return "$code"
+}

@@ -1,0 +1,135 @@
+"""`hpt dryrun`: the experiments for GPUs are whole, and a broken job is refused with the reason."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from hpt_mega.config import ConfigError, compose, conf_dir
+from hpt_mega.dryrun.command import as_json
+from hpt_mega.dryrun.estimate import planned_shape
+from hpt_mega.dryrun.examine import Findings, examine, typical_ranks
+from hpt_mega.planning import MODELS, hardware
+from hpt_mega.resharding.mapping import family_for
+
+H100 = hardware("h100")
+
+
+@pytest.fixture(autouse=True)
+def without_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    yield
+    assert not torch.distributed.is_initialized(), "the fake job outlived the examination"
+
+
+def dryrun(*overrides: str, ranks: list[int] | None = None) -> Findings:
+    return examine(compose(overrides), H100, ranks)
+
+
+def test_the_70b_experiment_holds_every_parameter_of_the_model() -> None:
+    found = dryrun("experiment=hpt_70b")
+    assert found.problems == []
+    assert len(found.missing) == 3  # the model's folder and two data files
+    assert [stage.total < H100.memory_gib for stage in found.stages] == [True] * 4
+    # 70,553,706,496 numbers (the model card's 70.6 B); a norm is on all 8 tensor-parallel ranks of a stage
+    held = sum(built.parameters * 8 for built in found.ranks)
+    norms = (2 * 80 + 1) * 8192
+    assert held - 7 * norms == 70_553_706_496
+    assert json.loads(json.dumps(as_json(compose(["experiment=hpt_70b"]), found)))["world_size"] == 64
+
+
+def test_a_stage_of_the_experts_model_holds_its_share_of_the_experts() -> None:
+    first, last = dryrun("experiment=hpt_moe", ranks=[0, 255]).ranks
+    assert (first.layers, last.layers) == (tuple(range(11)), tuple(range(83, 94)))
+    assert {entry.expert for entry in first.entries.values()} == {None, *range(16)}
+    assert {entry.expert for entry in last.entries.values()} == {None, *range(112, 128)}  # ep rank 7 of 8
+    assert first.experts == 11 * 16 * 3 * 4096 * 1536
+
+
+def test_typical_ranks_meet_every_stage_and_every_share_of_the_experts() -> None:
+    parallel = compose(["experiment=hpt_moe"]).parallel
+    ranks = typical_ranks(parallel)
+    assert {rank // 32 for rank in ranks} == set(range(8))
+    assert {rank % 8 for rank in ranks if rank < 32} == set(range(8))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (("experiment=hpt_70b", "parallel.tp=6"), "parallel.tp is 6 and the model has 64 attention heads"),
+        (("experiment=hpt_moe", "parallel.ep=24"), "parallel.ep is 24 and the model has 128 experts"),
+        (("experiment=hpt_70b", "trainer.questions_per_step=129"), "expected 128 or 130"),
+        (("experiment=hpt_7b", "data.max_prompt_tokens=130000"), "the model has 131072 positions"),
+        (("experiment=hpt_70b", "parallel.pp=81", "parallel.dp=1"), "has 80 layers; each chunk needs one"),
+    ],
+)
+def test_a_contradiction_is_found_before_anything_is_built(overrides: tuple[str, ...], expected: str) -> None:
+    found = dryrun(*overrides)
+    assert expected in "\n".join(found.problems)
+    assert found.ranks == []
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (("parallel.pp=1", "parallel.dp=1", "parallel.recompute=none"), "the largest part is optimizer"),
+        (("parallel.recompute=none", "parallel.tp=4", "parallel.dp=4"), "parallel.recompute=full"),
+        (("rollout.max_sequences=1000",), "the largest part is KV cache with"),
+    ],
+)
+def test_a_job_that_does_not_fit_is_told_by_its_largest_part(
+    overrides: tuple[str, ...], expected: str
+) -> None:
+    (problem,) = dryrun("experiment=hpt_70b", *overrides, ranks=[0]).problems
+    assert "needs" in problem and "h100 has 79.6" in problem
+    assert expected in problem
+
+
+def test_weights_that_are_here_are_compared_with_the_table(tmp_path: Path) -> None:
+    config = LlamaConfig(
+        hidden_size=24,
+        intermediate_size=40,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=37,
+    )
+    model = LlamaForCausalLM(config)
+    model.save_pretrained(tmp_path)
+    job = (f"model.path={tmp_path}", "parallel.pp=3", "experiment=demo")
+    assert dryrun(*job).problems == []
+    weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, tmp_path / "model.safetensors")
+    (problem,) = dryrun(*job).problems
+    assert "model.layers.1.mlp.up_proj.weight" in problem
+
+
+def test_a_feature_that_nothing_computes_is_a_problem_not_a_crash(tmp_path: Path) -> None:
+    config: dict[str, Any] = json.loads((conf_dir() / "model/published/llama3_1_70b.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"attention_bias": True}))
+    (problem,) = dryrun("experiment=hpt_70b", f"model.path={tmp_path}").problems
+    assert "attention_bias is True" in problem
+
+
+def test_a_model_without_any_config_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"holds no config.json and model.published is ''"):
+        dryrun(f"model.path={tmp_path}/absent")
+
+
+def test_a_rank_outside_the_job_is_refused() -> None:
+    with pytest.raises(ConfigError, match="--ranks 64"):
+        dryrun("experiment=hpt_70b", ranks=[64])
+
+
+@pytest.mark.parametrize("name", ["llama3_1_70b", "qwen2_5_7b", "qwen3_235b_a22b"])
+def test_the_published_shape_is_the_planners(name: str) -> None:
+    config = json.loads((conf_dir() / f"model/published/{name}.json").read_text())
+    assert planned_shape(family_for(config).read_shape(config)).parameters() == MODELS[name].parameters()

@@ -1,0 +1,194 @@
+"""The job scripts on a real Slurm of three nodes: signalled, requeued, a node lost, a sweep, a conversion."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.toy import metrics, save_toy, settings
+
+ROOT = Path(__file__).parents[2]
+CLUSTER = Path(__file__).with_name("cluster.sh")
+DEADLINE_S = 420.0
+STEPS = 40
+TWO_NODES = ("--nodes=2", "--ntasks-per-node=1")
+
+
+def why_not() -> str:
+    """What keeps a Slurm from being started here; empty where nothing does."""
+    if os.geteuid() != 0:
+        return "a test cluster needs root"
+    absent = [name for name in ("slurmctld", "slurmd", "munged", "sbatch") if not shutil.which(name)]
+    return (
+        f"not installed: {', '.join(absent)} (Debian: slurmctld slurmd slurm-client munge)" if absent else ""
+    )
+
+
+pytestmark = [pytest.mark.skipif(bool(why_not()), reason=why_not()), pytest.mark.timeout(900)]
+
+
+class Cluster:
+    """Slurm under a folder, and the jobs of these tests."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.settings = settings(save_toy(folder / "toy"))
+        self.environment = os.environ | {
+            "SLURM_CONF": str(folder / "slurm.conf"),
+            "HPT_ROOT": str(ROOT),
+            "PYTHONPATH": str(ROOT),
+            "MASTER_ADDR": "127.0.0.1",
+            "GLOO_SOCKET_IFNAME": "lo",
+            "OMP_NUM_THREADS": "1",
+            "MIN_DISK_GIB": "1",
+        }
+
+    def run(self, *command: str) -> str:
+        done = subprocess.run(
+            command, env=self.environment, cwd=self.folder, capture_output=True, text=True, timeout=120
+        )
+        assert done.returncode == 0, (command, done.stdout, done.stderr)
+        return done.stdout.strip()
+
+    def submit(self, run: str, *options: str, script: str = "train.sh") -> str:
+        """A job whose output is run.out; what begins with -- is sbatch's, the rest the script's."""
+        mine = [option for option in options if not option.startswith("--")]
+        theirs = [option for option in options if option.startswith("--")]
+        output = f"--output={self.folder}/{run}.out"
+        return self.run("sbatch", "--parsable", output, *theirs, f"{ROOT}/slurm/{script}", *mine)
+
+    def train(self, run: str, *overrides: str) -> str:
+        job = (*self.settings, "parallel=pp2", f"trainer.steps={STEPS}", f"run_dir={self.folder / run}")
+        return self.submit(run, *TWO_NODES, *job, *overrides)
+
+    def state(self, job: str) -> str:
+        shown = self.run("scontrol", "--oneliner", "show", "job", job)
+        return shown.partition("JobState=")[2].split()[0]
+
+    def wait(self, what: str, until: Callable[[], bool], *outputs: str) -> None:
+        end = time.monotonic() + DEADLINE_S
+        while not until():
+            if time.monotonic() > end:
+                said = "\n".join(self.output(name) for name in outputs)
+                pytest.fail(f"{what}: not within {DEADLINE_S:g} s\n{said}")
+            time.sleep(0.2)
+
+    def wait_for_end(self, job: str, run: str) -> str:
+        ended = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
+        self.wait(f"end of job {job}", lambda: self.state(job) in ended, run)
+        return self.output(run)
+
+    def output(self, run: str) -> str:
+        file = self.folder / f"{run}.out"
+        return file.read_text() if file.is_file() else ""
+
+    def wait_for_step(self, run: str, step: int) -> None:
+        self.wait(f"step {step} of {run}", lambda: len(metrics(self.folder / run)) > step, run)
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    folder = tmp_path_factory.mktemp("slurm")
+    cluster = Cluster(folder)
+    subprocess.run([CLUSTER, "start", folder, "3"], check=True, timeout=120)
+    try:
+        yield cluster
+    finally:
+        subprocess.run([CLUSTER, "stop", folder], timeout=60)
+
+
+@pytest.fixture(scope="module")
+def whole(cluster: Cluster) -> Path:
+    """A run of two nodes that nothing happened to."""
+    output = cluster.wait_for_end(cluster.train("whole"), "whole")
+    assert "done:" in output, output
+    assert len(metrics(cluster.folder / "whole")) == STEPS + 1
+    return cluster.folder / "whole"
+
+
+def test_a_signalled_job_saves_requeues_and_ends_with_the_same_metrics(cluster: Cluster, whole: Path) -> None:
+    job = cluster.train("signalled", "trainer.save_every=1000")
+    cluster.wait_for_step("signalled", 3)
+    cluster.run("scancel", "--signal=USR1", "--batch", job)
+    cluster.wait("requeue", lambda: "requeueing" in cluster.output("signalled"), "signalled")
+    output = cluster.wait_for_end(job, "signalled")
+    assert "Restarts=1" in cluster.run("scontrol", "--oneliner", "show", "job", job)
+    assert "done:" in output
+    assert "stopped at step" in (cluster.folder / "signalled/logs/rank0.log").read_text()
+    assert metrics(cluster.folder / "signalled") == metrics(whole)
+
+
+def test_a_job_whose_node_is_lost_goes_on_elsewhere_with_the_same_metrics(
+    cluster: Cluster, whole: Path
+) -> None:
+    job = cluster.train("lost", "trainer.save_every=3")
+    cluster.wait_for_step("lost", 5)
+    shown = cluster.run("scontrol", "--oneliner", "show", "job", job)
+    host = shown.partition("BatchHost=")[2].split()[0]
+    others = [f"node{index}" for index in range(3) if f"node{index}" != host]
+    victims = [process for process in psutil.process_iter() if is_of_node(process, job, others)]
+    lost = {process.environ()["SLURMD_NODENAME"] for process in victims}
+    assert len(lost) == 1
+    name = lost.pop()
+    daemon = psutil.Process(int((cluster.folder / f"run/slurmd-{name}.pid").read_text()))
+    for process in (daemon, *victims):
+        process.kill()
+    try:
+        output = cluster.wait_for_end(job, "lost")
+    finally:
+        cluster.run("slurmd", "-f", str(cluster.folder / "slurm.conf"), "-N", name)  # for the next test
+    assert "Restarts=1" in cluster.run("scontrol", "--oneliner", "show", "job", job)
+    assert "done:" in output
+    assert metrics(cluster.folder / "lost") == metrics(whole)
+
+
+def is_of_node(process: psutil.Process, job: str, nodes: list[str]) -> bool:
+    """Whether it is a task of the job there; a node that fails takes its tasks with it."""
+    try:
+        environment = process.environ()
+    except (psutil.Error, OSError):
+        return False
+    return environment.get("SLURM_JOB_ID") == job and environment.get("SLURMD_NODENAME") in nodes
+
+
+def test_a_sweep_runs_as_an_array_and_ends_in_a_report(cluster: Cluster) -> None:
+    folder = cluster.folder / "ablation"
+    cluster.environment |= {"AT_ONCE": "2", "PREFLIGHT": "0"}
+    swept = ("seed=1,2,3", "optimizer.weight_decay=0,0.1")
+    job = (*cluster.settings, "parallel=single", "trainer.steps=1", *swept)
+    cluster.run("bash", f"{ROOT}/slurm/ablation.sh", str(folder), *job)
+    report = folder / "report.md"
+    cluster.wait("report", report.is_file)
+    text = report.read_text()
+    assert text.startswith("# 6 runs with ")
+    assert "did not finish" not in text
+    assert text.count(f" | 1 | {folder}/") == 6
+
+
+def test_a_conversion_runs_as_a_job(cluster: Cluster) -> None:
+    out = cluster.folder / "converted"
+    words = ["hf-to-megatron", "--hf", str(cluster.folder / "toy"), "--out", str(out), "--tp", "2"]
+    output = f"--output={cluster.folder}/convert.out"
+    job = cluster.run("sbatch", "--parsable", output, f"{ROOT}/slurm/convert.sh", *words)
+    cluster.wait_for_end(job, "convert")
+    assert cluster.state(job) == "COMPLETED", cluster.output("convert")
+    assert any(out.rglob("*.distcp"))
+
+
+def test_the_70b_job_is_accepted_and_its_preflight_names_what_is_missing(cluster: Cluster) -> None:
+    cluster.environment["PREFLIGHT"] = "1"
+    run = cluster.folder / "hpt_70b"
+    job = cluster.submit("hpt_70b", "--nodes=3", f"run_dir={run}", script="hpt_70b.sh")
+    output = cluster.wait_for_end(job, "hpt_70b")
+    assert cluster.state(job) == "FAILED"
+    assert "node2: transformer-engine is missing" in output
+    assert "node0: Slurm gives 8 GPUs and torch sees 0" in output
+    assert "nothing was trained" in output
+    assert not (run / "metrics.jsonl").exists()
