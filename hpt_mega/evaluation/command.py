@@ -79,6 +79,8 @@ def _problems(cfg: EvalConfig) -> Iterator[str]:
         key for key in ("max_new_tokens", "max_sequences", "questions_per_batch") if getattr(cfg, key) < 1
     ]
     yield from (f"{key} is {getattr(cfg, key)}, which is too low" for key in low)
+    if cfg.engine == "vllm" and max(cfg.parallel.tp, cfg.parallel.pp, cfg.parallel.cp) > 1:
+        yield "engine=vllm serves the whole model to each replica; set only parallel.dp above 1"
     if not 0 < cfg.top_p <= 1:
         yield f"top_p is {cfg.top_p}, expected above 0 and at most 1"
     if cfg.temperature == 0 and not cfg.greedy:

@@ -15,7 +15,14 @@ from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from hpt_mega.config import ColumnsConfig, ConfigError, ParallelConfig, PrecisionConfig, RewardConfig
+from hpt_mega.config import (
+    ColumnsConfig,
+    ConfigError,
+    ParallelConfig,
+    PrecisionConfig,
+    RewardConfig,
+    ServerConfig,
+)
 from hpt_mega.config import leaves as key_names
 
 
@@ -41,11 +48,12 @@ class EvalConfig:
     training_data: list[str] = field(default_factory=list)  # compared with the benchmarks by 13-grams
     training_columns: ColumnsConfig = field(default_factory=ColumnsConfig)
     published: str = "qwen2_5_math_7b"  # whose published rows stand beside; "": none
-    engine: str = "megatron"
+    engine: str = "megatron"  # megatron | vllm
+    server: ServerConfig = field(default_factory=ServerConfig)  # of engine=vllm
     parallel: ParallelConfig = field(default_factory=lambda: ParallelConfig(pp=1))
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
-    max_sequences: int = 128  # decoded together by the embedded engine
+    max_sequences: int = 128  # decoded together
     questions_per_batch: int = 16  # asked together, then kept: what a kill can cost
     level: float = 0.95  # of the confidence intervals
     seed: int = 1234

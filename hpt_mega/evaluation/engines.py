@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -39,6 +40,33 @@ def _megatron(cfg: EvalConfig, layout: Layout) -> Iterator[Respondent]:
     yield MegatronEngine(model, layout, vocab_size=shape.vocab_size, max_sequences=cfg.max_sequences)
 
 
+@contextmanager
+def _vllm(cfg: EvalConfig, layout: Layout) -> Iterator[Respondent]:
+    """A server of the folder's own weights; command.py has refused other parallelism than replicas."""
+    from hpt_mega.megatron.model import DTYPES
+    from hpt_mega.rollout.vllm import ServerSettings, VLLMServer
+
+    settings = ServerSettings(
+        model=Path(cfg.model),
+        dtype=str(DTYPES[cfg.precision.dtype]).removeprefix("torch."),
+        max_model_len=json.loads((Path(cfg.model) / "config.json").read_text())["max_position_embeddings"],
+        max_sequences=cfg.max_sequences,
+        tp=1,
+        seed=cfg.seed,
+        kv_cache_gib=cfg.server.kv_cache_gib,
+        gpu_memory_share=cfg.server.gpu_memory_share,
+        logp_at_temperature=False,
+    )
+    log = Path(cfg.run_dir) / "logs" / f"engine{layout.dp_rank}.log"
+    server = VLLMServer(str(layout.dp_rank), settings, log, cfg.deadline_s)
+    try:
+        server.start(cfg.server.start_deadline_s)
+        yield server.client
+    finally:
+        server.close()
+
+
 ENGINES: dict[str, Callable[[EvalConfig, Layout], AbstractContextManager[Respondent]]] = {
-    "megatron": _megatron
+    "megatron": _megatron,
+    "vllm": _vllm,
 }

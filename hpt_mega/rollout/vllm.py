@@ -30,6 +30,7 @@ _MODULE = "vllm.entrypoints.launchers.api_server.entry"
 _REQUESTS_AT_ONCE = 64
 _POLL_S = 0.25
 _GRACE_S = 5.0
+_BEFORE_UPDATES = "default"  # vLLM's name of the weights it was started with
 _LONGEST_ANSWER_S = 30.0  # of the control endpoints that move no weights
 
 
@@ -271,8 +272,9 @@ class VLLMServer:
 
 def _read(choice: dict[str, Any]) -> Sample:
     logp = tuple(position["logprob"] for position in choice["logprobs"]["content"])
-    versions = [int(span["version"]) for span in choice["weight_versions"]]
-    return Sample(tuple(choice["token_ids"]), logp, choice["finish_reason"] == "stop", min(versions))
+    versions = [span["version"] for span in choice["weight_versions"]]
+    oldest = min(0 if version == _BEFORE_UPDATES else int(version) for version in versions)
+    return Sample(tuple(choice["token_ids"]), logp, choice["finish_reason"] == "stop", oldest)
 
 
 def _free_port() -> int:
