@@ -248,6 +248,9 @@ class Trainer:
     def _describe(self, rewarded: Sequence[Sequence[Trajectory]], plan: Schedule) -> Metrics:
         """Means over all replicas of what was sampled and what the gate made of it."""
         rollouts = [t for group in rewarded for t in group]
+        step = self.step - 1  # of the weights that were trained
+        staleness = max((step - t.policy_version for t in rollouts), default=0)
+        (staleness_max,) = self.layout.max_over_world([float(staleness)])
         tokens = sum(len(t.response_tokens) for t in rollouts)
         sums = self.layout.sum_over_data(
             [
@@ -274,4 +277,5 @@ class Trainer:
             "tokens_rollout": tokens_rollout,
             "trajectories": trained,
             "policy_version": self.step,
+            "staleness_max": staleness_max,
         }

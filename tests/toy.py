@@ -13,8 +13,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 TOKENIZER = Path(__file__).parents[1] / "models" / "smollm2-135m-instruct"
 
 
-def save_toy(folder: Path) -> Path:
-    """Random weights, 1.6 M of them, nearly all in the embedding that the tokenizer asks for."""
+def save_toy(folder: Path, *, head_dim: int = 8) -> Path:
+    """Random weights, 1.6 M of them, nearly all in the embedding that the tokenizer asks for.
+
+    vLLM's CPU attention asks for a head_dim of 32.
+    """
     torch.manual_seed(5)
     config = LlamaConfig(
         vocab_size=49152,
@@ -23,6 +26,7 @@ def save_toy(folder: Path) -> Path:
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
+        head_dim=head_dim,
         max_position_embeddings=512,
         tie_word_embeddings=True,
         dtype="bfloat16",

@@ -145,10 +145,25 @@ class QueryKeyValue(Fusion):
         return torch.cat(by_group, dim=1).flatten(0, 1)
 
     def split(self, whole: Tensor, shape: ModelShape) -> list[Tensor]:
-        heads = shape.num_attention_heads // shape.num_query_groups
-        sizes = [heads * shape.head_dim, shape.head_dim, shape.head_dim]
-        by_group = whole.unflatten(0, (-1, sum(sizes)))  # a rank's part has fewer groups
+        sizes = self._sizes(shape)
+        by_group = whole.unflatten(0, (-1, sum(sizes)))
         return [part.flatten(0, 1) for part in by_group.split(sizes, dim=1)]
+
+    def contribution(self, part: Tensor, shape: ModelShape, rank: int, size: int) -> list[Piece]:
+        """A piece a group: together, a tensor's rows are no view of the part."""
+        sizes = self._sizes(shape)
+        by_group = part.unflatten(0, (-1, sum(sizes)))
+        return [
+            Piece(tensor, 0, (rank * len(by_group) + number) * rows.shape[0], rows)
+            for number, group in enumerate(by_group)
+            for tensor, rows in enumerate(group.split(sizes))
+        ]
+
+    @staticmethod
+    def _sizes(shape: ModelShape) -> list[int]:
+        """Rows of query, key and value in a group."""
+        heads = shape.num_attention_heads // shape.num_query_groups
+        return [heads * shape.head_dim, shape.head_dim, shape.head_dim]
 
 
 class GateUp(Fusion):
