@@ -30,6 +30,7 @@ CONFIG = {
 MEASURE = """
 import sys
 from pathlib import Path
+import torch._dynamo  # which reading a checkpoint imports, and with it all of triton: no part of a conversion
 import hpt_mega.checkpoint.convert as convert
 from hpt_mega.checkpoint.layout import TargetLayout
 

@@ -102,7 +102,7 @@ def check_outputs(run_dir: Path) -> None:
     [
         (["benchmarks=[aime]"], "'aime' is none of conf/benchmark (aime24, aime25"),
         (["benchmarks=[a.json]"], "a.json: no such file"),
-        (["benchmarks=[aime24]", "max_new_tokens=128"], "the model has 128 positions"),
+        (["benchmarks=[aime24]", "max_new_tokens=512"], "the model has 512 positions"),
         (["benchmarks=[aime24]", "template=qwen"], "template is 'qwen', expected one of chat, qwen_math"),
         (["benchmarks=[aime24]", "engine=trt"], "engine is 'trt', expected one of megatron"),
         (["benchmarks=[aime24]", "max_tokens=4"], "unknown key max_tokens; did you mean max_new_tokens"),
