@@ -5,6 +5,7 @@ The plan is made once: the parameters keep their memory through training. How by
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterator, Sequence
 
 import torch.distributed as dist
@@ -87,6 +88,13 @@ class WeightSync:
     def _open(self, bucket_bytes: int) -> SharedBuckets:
         """The leader's shared memory, as every rank of the replica sees it."""
         layout = self._layout
+        hosts = [""] * dist.get_world_size(layout.replica_group)
+        dist.all_gather_object(hosts, socket.gethostname(), group=layout.replica_group)
+        if len(set(hosts)) > 1:
+            raise ValueError(
+                "rollout.engine=vllm is brought the weights through one machine's memory, and this replica's "
+                f"ranks are on {', '.join(sorted(set(hosts)))}; lower parallel.tp x pp, or set rollout=megatron"
+            )
         shared = SharedBuckets.create(bucket_bytes) if layout.is_leader else None
         path = layout.broadcast_object(shared.path if shared else None)
         return shared or SharedBuckets(path, bucket_bytes)
