@@ -93,7 +93,7 @@ class WeightSync:
         if len(set(hosts)) > 1:
             raise ValueError(
                 "rollout.engine=vllm is brought the weights through one machine's memory, and this replica's "
-                f"ranks are on {', '.join(sorted(set(hosts)))}; lower parallel.tp x pp, or set rollout=megatron"
+                f"ranks are on {', '.join(sorted(set(hosts)))}; lower parallel.pp, or set rollout=megatron"
             )
         shared = SharedBuckets.create(bucket_bytes) if layout.is_leader else None
         path = layout.broadcast_object(shared.path if shared else None)
