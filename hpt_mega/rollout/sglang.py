@@ -6,7 +6,6 @@ is relied on was read from sglang 0.5.23; tools/sglang_schema.py extracts it fro
 
 from __future__ import annotations
 
-import http.client
 import json
 import os
 import secrets
@@ -23,6 +22,7 @@ from urllib.parse import urlsplit
 
 from hpt_mega.rollout import sglang_wire as wire
 from hpt_mega.rollout.engine import EngineError, Sample, SamplingParams
+from hpt_mega.rollout.exchange import ExchangeError, exchange
 from hpt_mega.rollout.handle import Bucket, Receipt
 from hpt_mega.rollout.process import OwnedProcess, free_port, tail
 
@@ -385,26 +385,11 @@ class SGLangEngine:
 
     def _request(self, method: str, path: str, body: dict[str, Any] | None, timeout_s: float) -> bytes:
         """One exchange on a connection of its own. Raises EngineError that says what was asked."""
-        parts = urlsplit(self._url)
-        assert parts.hostname is not None
-        kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-        connection = kind(parts.hostname, parts.port, timeout=timeout_s)
-        headers = {"Content-Type": "application/json"}
-        headers |= {"Authorization": f"Bearer {self._key}"} if self._key else {}
+        sent = None if body is None else json.dumps(body)
         try:
-            connection.request(method, path, None if body is None else json.dumps(body), headers)
-            response = connection.getresponse()
-            content = response.read()
-        except TimeoutError:
-            raise self._error(f"gave no answer to {path} within {timeout_s:g} s") from None
-        except (OSError, http.client.HTTPException) as error:
-            raise self._error(f"{path} failed: {error or type(error).__name__}") from None
-        finally:
-            connection.close()
-        if response.status != http.HTTPStatus.OK:
-            said = content.decode(errors="replace")[:500]
-            raise self._error(f"answered {response.status} to {path}: {said}")
-        return content
+            return exchange(self._url, method, path, sent, self._key or "", timeout_s)
+        except ExchangeError as error:
+            raise self._error(str(error)) from None
 
     def _error(self, what: str) -> EngineError:
         end = self.log_tail(_LOG_LINES)

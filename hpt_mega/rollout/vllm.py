@@ -5,12 +5,10 @@ What runs inside vLLM's processes is in vllm_plugin.py and vllm_worker.py. vLLM 
 
 from __future__ import annotations
 
-import http.client
 import json
 import os
 import secrets
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -24,6 +22,8 @@ import torch
 
 from hpt_mega.resharding.planner import Plan
 from hpt_mega.rollout.engine import EngineError, Sample, SamplingParams
+from hpt_mega.rollout.exchange import ExchangeError, exchange
+from hpt_mega.rollout.process import free_port, tail
 from hpt_mega.rollout.vllm_plugin import BACKEND, OWNED
 
 _MODULE = "vllm.entrypoints.launchers.api_server.entry"
@@ -108,8 +108,7 @@ class VLLMClient:
         return True
 
     def log_tail(self, lines: int = 12) -> str:
-        text = self.log.read_text(errors="replace") if self.log.is_file() else ""
-        return "\n".join(f"  | {line}" for line in text.splitlines()[-lines:])
+        return "\n".join(f"  | {line}" for line in tail(self.log, lines).splitlines())
 
     def _sample(self, prompt: Sequence[int], sampling: SamplingParams, seed: int) -> list[Sample]:
         body = {
@@ -130,26 +129,13 @@ class VLLMClient:
         return [_read(choice) for choice in answer["choices"]]
 
     def _post(self, path: str, body: dict[str, Any], timeout_s: float) -> Any:
-        return json.loads(self._request("POST", path, json.dumps(body).encode(), timeout_s) or "null")
+        return json.loads(self._request("POST", path, json.dumps(body), timeout_s) or "null")
 
-    def _request(self, method: str, path: str, body: bytes | None, timeout_s: float) -> bytes:
-        """One exchange on this thread's connection. Raises EngineError that says what was asked."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout_s)
-        headers = {"Authorization": f"Bearer {self.key}", "Content-Type": "application/json"}
+    def _request(self, method: str, path: str, body: str | None, timeout_s: float) -> bytes:
         try:
-            connection.request(method, path, body, headers)
-            response = connection.getresponse()
-            content = response.read()
-        except TimeoutError:
-            raise self.error(f"gave no answer to {path} within {timeout_s:.0f} s") from None
-        except (OSError, http.client.HTTPException) as error:
-            raise self.error(f"{path} failed: {error or type(error).__name__}") from None
-        finally:
-            connection.close()
-        if response.status != http.HTTPStatus.OK:
-            said = content.decode(errors="replace")[:500]
-            raise self.error(f"answered {response.status} to {path}: {said}")
-        return content
+            return exchange(f"http://127.0.0.1:{self.port}", method, path, body, self.key, timeout_s)
+        except ExchangeError as error:
+            raise self.error(str(error)) from None
 
     def error(self, what: str) -> EngineError:
         return EngineError(f"engine {self.name} {what}\nlast lines of {self.log}:\n{self.log_tail()}")
@@ -181,7 +167,7 @@ class VLLMServer:
         """
         self.close()
         client = VLLMClient(
-            self.name, _free_port(), secrets.token_urlsafe(24), self.request_deadline_s, self.log
+            self.name, free_port(), secrets.token_urlsafe(24), self.request_deadline_s, self.log
         )
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("ab") as log:
@@ -275,9 +261,3 @@ def _read(choice: dict[str, Any]) -> Sample:
     versions = [span["version"] for span in choice["weight_versions"]]
     oldest = min(0 if version == _BEFORE_UPDATES else int(version) for version in versions)
     return Sample(tuple(choice["token_ids"]), logp, choice["finish_reason"] == "stop", oldest)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

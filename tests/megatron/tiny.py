@@ -16,7 +16,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Parameter
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from hpt_mega.config import Config, OptimizerConfig, ParallelConfig, PrecisionConfig
 
@@ -43,12 +49,7 @@ def save_llama(folder: Path, *, tied: bool, vocabulary: int = VOCABULARY) -> Pat
             dtype="float32",
         )
     )
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "norm" in name:
-                parameter.uniform_(0.7, 1.3)
-    model.save_pretrained(folder)
-    return folder
+    return _save(model, folder)
 
 
 def save_mixture(folder: Path) -> Path:
@@ -72,6 +73,10 @@ def save_mixture(folder: Path) -> Path:
             dtype="float32",
         )
     )
+    return _save(model, folder)
+
+
+def _save(model: PreTrainedModel, folder: Path) -> Path:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name:
