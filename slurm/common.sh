@@ -3,7 +3,7 @@
 #
 # Settings, from the environment:
 #   HPT_ROOT       the repository; default: the folder that sbatch was called in
-#   PYTHON         the interpreter; default: $HPT_ROOT/.venv/bin/python
+#   HPT_PYTHON     the interpreter; default: $HPT_ROOT/.venv/bin/python
 #   CONTAINER      an image for enroot/pyxis (srun --container-image); default: none
 #   APPTAINER      an image for apptainer; default: none
 #   MOUNTS         further folders a container sees, with commas
@@ -15,7 +15,7 @@
 set -euo pipefail
 
 HPT_ROOT=${HPT_ROOT:-${SLURM_SUBMIT_DIR:-$PWD}}
-PYTHON=${PYTHON:-$HPT_ROOT/.venv/bin/python}
+HPT_PYTHON=${HPT_PYTHON:-$HPT_ROOT/.venv/bin/python}
 DRY_RUN=
 ARGUMENTS=()
 
@@ -62,7 +62,7 @@ on_nodes() {
 
 # hpt_mega.slurm in this script's own place, or in the container on one node.
 ask() {
-  LAUNCH=("$PYTHON" -m hpt_mega.slurm "$@")
+  LAUNCH=("$HPT_PYTHON" -m hpt_mega.slurm "$@")
   [ -z "${CONTAINER:-}${APPTAINER:-}" ] || [ -n "$DRY_RUN" ] || prepare --nodes=1 --ntasks=1 -- "${LAUNCH[@]}"
   "${LAUNCH[@]}"
 }
@@ -74,14 +74,14 @@ preflight() {
   [ "${PREFLIGHT:-1}" != 0 ] || return 0
   [ -n "$DRY_RUN" ] || { rm -rf "$folder" && mkdir -p "$folder"; }
   on_nodes --ntasks-per-node=1 --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" \
-    -- "$PYTHON" -m hpt_mega.slurm node "$folder" "$run_dir" || return
+    -- "$HPT_PYTHON" -m hpt_mega.slurm node "$folder" "$run_dir" || return
   if [ -n "$DRY_RUN" ]; then
-    show "$PYTHON" -m hpt_mega.slurm compare "$folder"
+    show "$HPT_PYTHON" -m hpt_mega.slurm compare "$folder"
   else
     ask compare "$folder" --nodes "$SLURM_JOB_NUM_NODES" --disk "${MIN_DISK_GIB:-50}" || return
   fi
   if [ -n "${SLURM_GPUS_ON_NODE:-}" ]; then
-    on_nodes --ntasks="$SLURM_NTASKS" -- "$PYTHON" -m hpt_mega.slurm allreduce
+    on_nodes --ntasks="$SLURM_NTASKS" -- "$HPT_PYTHON" -m hpt_mega.slurm allreduce
   fi
 }
 
@@ -96,7 +96,7 @@ run_training() {
   [ -n "$DRY_RUN" ] || { mkdir -p "$run_dir/logs" && rm -f "$run_dir"/logs/{failure_rank*.json,stopped}; }
   preflight "$run_dir" || { echo "error: pre-flight failed; nothing was trained" >&2 && return 3; }
 
-  local command=("$PYTHON" -m hpt_mega.slurm rank "$@" resume=auto)
+  local command=("$HPT_PYTHON" -m hpt_mega.slurm rank "$@" resume=auto)
   local options=(--ntasks="${SLURM_NTASKS:-1}" --output="$run_dir/logs/rank%t.log" --open-mode=append)
   if [ -n "$DRY_RUN" ]; then
     on_nodes "${options[@]}" -- "${command[@]}"

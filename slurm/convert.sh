@@ -11,4 +11,4 @@
 source "${HPT_ROOT:-${SLURM_SUBMIT_DIR:-.}}/slurm/common.sh"
 parse_arguments "$@"
 enter_job || exit 0
-on_nodes --ntasks=1 -- "$PYTHON" -m hpt_mega.cli convert "${ARGUMENTS[@]}"
+on_nodes --ntasks=1 -- "$HPT_PYTHON" -m hpt_mega.cli convert "${ARGUMENTS[@]}"

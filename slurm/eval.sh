@@ -13,4 +13,4 @@
 source "${HPT_ROOT:-${SLURM_SUBMIT_DIR:-.}}/slurm/common.sh"
 parse_arguments "$@"
 enter_job || exit 0
-on_nodes --ntasks=1 -- "$PYTHON" -m hpt_mega.cli eval "${ARGUMENTS[@]}"
+on_nodes --ntasks=1 -- "$HPT_PYTHON" -m hpt_mega.cli eval "${ARGUMENTS[@]}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -43,6 +44,8 @@ class Cluster:
         self.environment = os.environ | {
             "SLURM_CONF": str(folder / "slurm.conf"),
             "HPT_ROOT": str(ROOT),
+            "HPT_PYTHON": sys.executable,
+            "PYTHON": "another-program's",  # make and CI machines set it; the jobs must not take it
             "PYTHONPATH": str(ROOT),
             "MASTER_ADDR": "127.0.0.1",
             "GLOO_SOCKET_IFNAME": "lo",
