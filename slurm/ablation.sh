@@ -7,7 +7,6 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --signal=B:USR1@300
-#SBATCH --output=slurm-%x-%A_%a.out
 # shellcheck source=slurm/common.sh
 source "${HPT_ROOT:-${SLURM_SUBMIT_DIR:-.}}/slurm/common.sh"
 parse_arguments "$@"
@@ -22,7 +21,8 @@ elif [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then
 else
   count=$(ask sweep "$folder" "${ARGUMENTS[@]:1}")
   read -ra options <<<"${SBATCH_OPTIONS:-}"
-  array=(sbatch --parsable "${options[@]}" --array="0-$((count - 1))${AT_ONCE:+%$AT_ONCE}" slurm/ablation.sh "$folder")
+  array=(sbatch --parsable --output="$folder/job%a.out" "${options[@]}" --array="0-$((count - 1))${AT_ONCE:+%$AT_ONCE}"
+    slurm/ablation.sh "$folder")
   if [ -n "$DRY_RUN" ]; then
     show "${array[@]}"
     show sbatch --dependency=afterany:JOB slurm/ablation.sh "$folder" --report
