@@ -19,6 +19,7 @@ from hpt_mega.checkpoint.manage import configure as configure_checkpoints
 from hpt_mega.config import ConfigError, compose
 from hpt_mega.dryrun.command import configure as configure_dryrun
 from hpt_mega.evaluation.command import configure as configure_eval
+from hpt_mega.lab.command import configure as configure_lab
 from hpt_mega.planning.command import configure as configure_plan
 from hpt_mega.rewards.command import add_grade_options
 
@@ -90,6 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     configure_checkpoints(verbs.add_parser("checkpoints", help="list, verify or prune a run's checkpoints"))
     configure_plan(verbs.add_parser("plan", help="which layout fits a model on GPUs, and how fast it is"))
 
+    configure_lab(verbs.add_parser("lab", help="compare all methods on small models made here"))
     configure_dryrun(verbs.add_parser("dryrun", help="examine a job of any size without a GPU"))
 
     grade = verbs.add_parser(
