@@ -53,9 +53,7 @@ class LabConfig:
         """The grid of an ablation: its variants in place of the methods, one family and size."""
         if name not in self.ablations:
             raise ConfigError(f"--ablation {name}: no such ablation; known: {', '.join(self.ablations)}")
-        return replace(
-            self, methods=self.ablations[name], families=self.families[:1], sizes=self.sizes[:1]
-        )
+        return replace(self, methods=self.ablations[name], families=self.families[:1], sizes=self.sizes[:1])
 
 
 FREE_TO_CHANGE = ("seeds", "families", "sizes", "deadline_s", "methods", "ablations")
@@ -79,7 +77,7 @@ def read(name: str) -> LabConfig:
 
 
 def keep(cfg: LabConfig, folder: Path) -> None:
-    """Keep the config in the folder. Raises ConfigError where the folder's runs were made with another one."""
+    """Keep the config in the folder. Raises ConfigError where its runs were made with another one."""
     path = folder / KEPT
     if path.is_file():
         now, then = (OmegaConf.to_container(OmegaConf.structured(one)) for one in (cfg, _read(path)))
@@ -87,7 +85,8 @@ def keep(cfg: LabConfig, folder: Path) -> None:
         changed = [str(key) for key in now if key not in FREE_TO_CHANGE and now[key] != then[key]]
         if changed:
             raise ConfigError(
-                f"{folder} holds runs of a lab with other {', '.join(changed)}; set another --out, or delete it"
+                f"{folder} holds runs of a lab with other {', '.join(changed)}; "
+                "set another --out, or delete it"
             )
     folder.mkdir(parents=True, exist_ok=True)
     save(cfg, path)
@@ -95,7 +94,9 @@ def keep(cfg: LabConfig, folder: Path) -> None:
 
 def _flat(ablations: dict[str, Variants]) -> Variants:
     return {
-        f"{name} {variant}": stages for name, variants in ablations.items() for variant, stages in variants.items()
+        f"{name} {variant}": stages
+        for name, variants in ablations.items()
+        for variant, stages in variants.items()
     }
 
 

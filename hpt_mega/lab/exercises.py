@@ -143,7 +143,9 @@ def _distinct(kind: str, size: int, count: int, seed: int) -> list[Exercise]:
         named = Exercise(exercise.prompt, exercise.answer, exercise.work, f"{kind} {size}")
         found.setdefault(exercise.prompt, named)
     if len(found) < count:
-        raise ValueError(f"{kind} {size} has {len(found)} different questions, {count} are wanted; lower them")
+        raise ValueError(
+            f"{kind} {size} has {len(found)} different questions, {count} are wanted; lower them"
+        )
     return list(found.values())
 
 

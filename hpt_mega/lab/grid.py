@@ -6,6 +6,8 @@ What a job does is in worker.py, when and where it is done in runner.py.
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,10 +15,10 @@ from hpt_mega.lab.config import LabConfig
 from hpt_mega.lab.exercises import Portion, draw, write
 from hpt_mega.lab.models import save
 from hpt_mega.telemetry.records import write_atomically
+from hpt_mega.telemetry.runs import COUNTS, LABEL
 
 SETS = ("pretraining", "training", "heldout")
 BASE = "base"  # the "method" of the models that nothing has trained further
-LABEL = "label.json"  # in a run's folder: what comparison.py knows it by
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ class Job:
 
     @property
     def is_done(self) -> bool:
-        return (self.run_dir / {"train": "summary.json", "eval": "results.json"}[self.verb]).is_file()
+        return (self.run_dir / {"train": "summary.json", "eval": COUNTS}[self.verb]).is_file()
 
     @property
     def command(self) -> str:
@@ -45,6 +47,8 @@ class Run:
     seed: int
     folder: Path
     jobs: tuple[Job, ...]
+    base: Path | None = None  # the evaluation of the model that it begins with
+    outside: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -54,10 +58,20 @@ class Run:
     def is_done(self) -> bool:
         return all(job.is_done for job in self.jobs)
 
-    def write_label(self) -> None:
+    def begin(self) -> None:
+        """Write what telemetry/runs.py knows the run by."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        label = {"method": self.method, "cell": self.cell, "seed": self.seed}
+        label: dict[str, object] = {"method": self.method, "cell": self.cell, "seed": self.seed}
+        if self.base:
+            label |= {"base": os.path.relpath(self.base, self.folder), "outside": self.outside}
         write_atomically(self.folder / LABEL, json.dumps(label) + "\n")
+
+    def tidy(self) -> None:
+        """Once it is done: a grid's checkpoints and models would fill a disk. Base models stay."""
+        for job in self.jobs if self.base else ():
+            for heavy in ("checkpoints", "hf"):
+                shutil.rmtree(job.run_dir / heavy, ignore_errors=True)
+            (job.run_dir / "responses.jsonl").unlink(missing_ok=True)
 
 
 def prepare(cfg: LabConfig, folder: Path) -> None:
@@ -89,7 +103,7 @@ def base_models(cfg: LabConfig, folder: Path) -> list[Run]:
             "resume=auto",
             f"run_dir={home}",
         )
-        jobs = (Job("train", settings, home), _evaluation(cfg, folder, home, home))
+        jobs = (Job("train", settings, home), _evaluation(cfg, folder, home))
         runs.append(Run(BASE, cell, cfg.data.seed, home, jobs))
     return runs
 
@@ -124,13 +138,19 @@ def _run(cfg: LabConfig, folder: Path, home: Path, cell: str, method: str, seed:
         )
         jobs.append(Job("train", settings, run_dir))
         model = run_dir / "hf"
-    return Run(method, cell, seed, home, (*jobs, _evaluation(cfg, folder, home, home)))
+    outside = tuple(portion.task for portion in cfg.data.outside)
+    jobs.append(_evaluation(cfg, folder, home))
+    return Run(method, cell, seed, home, tuple(jobs), _counts_of_base(folder, cell), outside)
 
 
-def _evaluation(cfg: LabConfig, folder: Path, home: Path, model_run: Path) -> Job:
+def _counts_of_base(folder: Path, cell: str) -> Path:
+    return folder / BASE / cell / "eval" / COUNTS
+
+
+def _evaluation(cfg: LabConfig, folder: Path, home: Path) -> Job:
     """pass@k of the run's model on the held-out questions, all of them alike for every run."""
     settings = (
-        f"model={model_run / 'hf'}",
+        f"model={home / 'hf'}",
         f"benchmarks=[{_file(folder, 'heldout')}]",
         f"k={cfg.samples}",
         "temperature=1.0",

@@ -1,4 +1,4 @@
-r"""Models of the lab from scratch: a tokenizer of single characters, and random weights of a family and size."""
+r"""Models from scratch: a tokenizer of single characters, and random weights of a family and size."""
 
 from __future__ import annotations
 

@@ -35,7 +35,9 @@ def lock(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ConfigError(f"another hpt lab works in {folder}; wait for it or set another --out") from None
+            raise ConfigError(
+                f"another hpt lab works in {folder}; wait for it or set another --out"
+            ) from None
         yield
 
 
@@ -128,13 +130,14 @@ def _work(todo: queue.SimpleQueue[Run], progress: Progress, deadline_s: float) -
             run = todo.get_nowait()
             begun = time.monotonic()
             try:
-                run.write_label()
+                run.begin()
                 for job in run.jobs:
                     if not job.is_done:
                         worker.do(job)
             except JobError as error:
                 progress.failed(run, str(error))
             else:
+                run.tidy()
                 progress.done(run, time.monotonic() - begun)
     except queue.Empty:
         pass

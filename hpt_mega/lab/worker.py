@@ -10,6 +10,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -20,10 +21,13 @@ from hpt_mega.evaluation.command import validate as validate_evaluation
 from hpt_mega.evaluation.config import EvalConfig
 from hpt_mega.evaluation.config import compose as compose_evaluation
 from hpt_mega.evaluation.engines import job_config
+from hpt_mega.evaluation.journal import GREEDY, SAMPLED, Journal
 from hpt_mega.interruption import Interruption
 from hpt_mega.launch import die_with_parent
 from hpt_mega.megatron import runtime
 from hpt_mega.telemetry.metrics import PhaseTimer
+from hpt_mega.telemetry.records import write_atomically
+from hpt_mega.telemetry.runs import COUNTS, Counts
 from hpt_mega.validation import validate
 from hpt_mega.worker import train
 
@@ -50,6 +54,23 @@ def evaluate_here(settings: Sequence[str]) -> None:
         evaluation.evaluate(cfg, layout, PhaseTimer())
     finally:
         runtime.shutdown()
+    _count(Path(cfg.run_dir))
+
+
+def _count(run_dir: Path) -> None:
+    """Keep how often each question was solved, all that a comparison asks of the responses."""
+    responses = list(Journal(run_dir / "responses.jsonl").graded.values())
+    sampled = [one for one in responses if one.mode == SAMPLED]
+    task = {one.question: one.category for one in sampled}
+    counts = Counts(
+        samples=len(sampled) // len(task),
+        task=task,
+        correct={question: 0 for question in task},
+        greedy={one.question: one.reward for one in responses if one.mode == GREEDY},
+    )
+    for one in sampled:
+        counts.correct[one.question] += one.reward > 0.5
+    write_atomically(run_dir / COUNTS, json.dumps(asdict(counts)) + "\n")
 
 
 VERBS: dict[str, Callable[[Sequence[str]], None]] = {"train": train_here, "eval": evaluate_here}
