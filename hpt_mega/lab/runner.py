@@ -46,11 +46,11 @@ class Worker:
 
     def __init__(self, deadline_s: float) -> None:
         self._deadline_s = deadline_s
-        self._process: subprocess.Popen[bytes] | None = None
+        self.process: subprocess.Popen[bytes] | None = None
 
     def do(self, job: Job) -> None:
         """Do a job. Raises JobError; the process is gone then, and the next job starts another."""
-        process = self._process or self._start()
+        process = self.process or self._start()
         log = job.run_dir / "logs" / "lab.log"
         request = {"verb": job.verb, "settings": job.settings, "log": str(log)}
         assert process.stdin is not None
@@ -78,7 +78,7 @@ class Worker:
         root = str(Path(__file__).parents[2])
         path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))
         alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
-        self._process = subprocess.Popen(
+        self.process = subprocess.Popen(
             [sys.executable, "-m", "hpt_mega.lab.worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -92,17 +92,17 @@ class Worker:
                 "PYTHONPATH": path,
             },
         )
-        return self._process
+        return self.process
 
     def close(self) -> None:
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
-            for pipe in (self._process.stdin, self._process.stdout):
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+            for pipe in (self.process.stdin, self.process.stdout):
                 assert pipe is not None
                 with suppress(BrokenPipeError):
                     pipe.close()
-            self._process = None
+            self.process = None
 
 
 def execute(runs: Sequence[Run], workers: int, deadline_s: float) -> list[str]:
