@@ -71,7 +71,7 @@ def test_sets_share_no_question_and_are_the_same_for_the_same_seed() -> None:
 @pytest.mark.parametrize(
     ("portion", "message"),
     [
-        (Portion("product", 1, 73), "product 1 has 72 different questions, 73"),
+        (Portion("product", 1, 73), "product 1 has 72 different questions"),
         (Portion("root", 2, 1), "root"),
     ],
 )

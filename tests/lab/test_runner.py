@@ -1,4 +1,4 @@
-"""Runs of a lab end where they should: once, after a kill with the same numbers, and not after their deadline."""
+"""Runs of a lab are done once, go on after a kill with the same numbers, and end at their deadline."""
 
 from __future__ import annotations
 
