@@ -49,11 +49,8 @@ def write_comparison(folders: Sequence[Path], out: Path) -> Path:
     figures = "".join(page.figure(plot.svg, plot.caption) for plot in drawn)
     parts = [f'<h1>{escape(title)}</h1><p class="subtitle">{escape(subtitle)}</p>']
     parts += [_html(tables[0])]
-    parts += [
-        page.section(
-            "Curves", "Means over seeds, bands ± one standard error.", f'<div class="wide">{figures}</div>'
-        )
-    ]
+    arranged = f'<div class="{"pair" if len(_cells(runs)) < 3 else "wide"}">{figures}</div>'
+    parts += [page.section("Curves", "Means over seeds, bands ± one standard error.", arranged)]
     parts += [_html(table) for table in tables[1:]]
     write_atomically(out / "comparison.md", _markdown(title, subtitle, tables))
     path = out / "comparison.html"
@@ -226,7 +223,7 @@ def _ends(runs: Sequence[Finished], key: str) -> list[float]:
     """Means of a metric over the first and the last tenth of the steps; empty where it is not measured."""
     ends: tuple[list[float], list[float]] = ([], [])
     for run in runs:
-        values = [record[key] for record in run.records if key in record]
+        values = [record[key] for record in run.measured(key)]
         tenth = max(1, len(values) // 10)
         if values:
             ends[0].append(fmean(values[:tenth]))

@@ -62,7 +62,7 @@ def solved_at(counts: Counts, k: int) -> float:
 
 def _course(key: str, window: int = WINDOW) -> Callable[[Finished], Curve]:
     def curve(run: Finished) -> Curve:
-        points = [(record["step"], record[key]) for record in run.records if key in record]
+        points = [(record["step"], record[key]) for record in run.measured(key)]
         smooth = running_mean([value for _, value in points], window)
         return dict(zip([step for step, _ in points], smooth, strict=True))
 

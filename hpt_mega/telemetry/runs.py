@@ -49,6 +49,11 @@ class Finished:
     base: Counts | None = None  # of the model that the run began with
     outside: list[str] = field(default_factory=list)  # tasks that are not trained on
 
+    def measured(self, key: str) -> list[Record]:
+        """The records that hold a metric; of the entropy of trained tokens those of steps that trained."""
+        trained = self.records if key != "entropy" else [r for r in self.records if r.get("tokens_trained")]
+        return [record for record in trained if key in record]
+
 
 def find(folders: Sequence[Path]) -> list[Finished]:
     """All finished runs in and below the folders. Raises ConfigError where there are none."""
