@@ -14,7 +14,9 @@ from hpt_mega.config import ConfigError, conf_dir, save
 from hpt_mega.lab.exercises import Portion
 from hpt_mega.lab.models import FAMILIES, SIZES
 
-Stages = list[list[str]]  # overrides of `hpt train`, stage by stage; the stages share the steps evenly
+# Overrides of `hpt train`, stage by stage, in which {data} is the folder of questions; the stages share the
+# steps evenly.
+Stages = list[list[str]]
 Variants = dict[str, Stages]
 
 

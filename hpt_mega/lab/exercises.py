@@ -30,6 +30,11 @@ class Exercise:
         return "\n".join((*self.work, self.direct))
 
     @property
+    def verified(self) -> str:
+        """As a teacher of another school writes it: every line is checked by the next one."""
+        return "\n".join((*(part for line in self.work for part in (line, _check(line))), self.direct))
+
+    @property
     def direct(self) -> str:
         return f"\\boxed{{{self.answer}}}"
 
@@ -91,6 +96,17 @@ def product(random_: random.Random, digits: int) -> Exercise:
     return Exercise(f"{left}*{right}?", str(left * right), tuple(lines))
 
 
+def _check(line: str) -> str:
+    """What is left of a sum without its last term, or the product the other way round."""
+    left, value = line.split("=")
+    _, plus, last = left.rpartition("+")
+    if plus:
+        return f"{value}-{last}={int(value) - int(last)}"
+    if "*" in left:
+        return f"{left.split('*')[1]}*{left.split('*')[0]}={value}"
+    return f"{value}+{left.partition('-')[2].replace('-', '+')}={left.partition('-')[0]}"
+
+
 KINDS: dict[str, Callable[[random.Random, int], Exercise]] = {
     "chain": chain,
     "sum": column_sum,
@@ -149,17 +165,22 @@ def _distinct(kind: str, size: int, count: int, seed: int) -> list[Exercise]:
     return list(found.values())
 
 
-def write(path: Path, exercises: Iterable[Exercise], worked: dict[str, float], seed: int) -> None:
-    """A file for data.train_file or data.heldout_file; of a task the share `worked` shows the work."""
-    random_ = random.Random(seed)
-    lines = []
-    for exercise in exercises:
-        shows_work = random_.random() < worked.get(exercise.task, 1.0)
-        row = {
+def write(path: Path, exercises: Iterable[Exercise], demonstrate: Callable[[Exercise], str]) -> None:
+    """A file for data.train_file or data.heldout_file."""
+    rows = (
+        {
             "prompt": exercise.prompt,
             "answer": exercise.answer,
-            "demonstration": exercise.worked if shows_work else exercise.direct,
+            "demonstration": demonstrate(exercise),
             "task": exercise.task,
         }
-        lines.append(json.dumps(row) + "\n")
-    write_atomically(path, "".join(lines))
+        for exercise in exercises
+    )
+    write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def mixed(portions: Sequence[Portion], seed: int) -> Callable[[Exercise], str]:
+    """Of each task the portion's share `worked` of demonstrations shows the work."""
+    random_ = random.Random(seed)
+    shares = {portion.task: portion.worked for portion in portions}
+    return lambda exercise: exercise.worked if random_.random() < shares[exercise.task] else exercise.direct

@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hpt_mega.lab.config import LabConfig
-from hpt_mega.lab.exercises import Portion, draw, write
+from hpt_mega.lab.exercises import Portion, draw, mixed, write
 from hpt_mega.lab.models import save
 from hpt_mega.telemetry.records import write_atomically
 from hpt_mega.telemetry.runs import COUNTS, LABEL
 
 SETS = ("pretraining", "training", "heldout")
+VERIFIED = "verified"  # the questions of training with the demonstrations of another school
 BASE = "base"  # the "method" of the models that nothing has trained further
 
 
@@ -78,11 +79,11 @@ def prepare(cfg: LabConfig, folder: Path) -> None:
     """Make the files of questions and the random models that are not there yet."""
     (folder / "data").mkdir(parents=True, exist_ok=True)
     portions = _portions(cfg)
-    if not all(_file(folder, name).is_file() for name in SETS):
+    if not all(_file(folder, name).is_file() for name in (*SETS, VERIFIED)):
         drawn = draw(list(portions.values()), cfg.data.seed)
         for name, exercises in zip(portions, drawn, strict=True):
-            worked = {portion.task: portion.worked for portion in portions[name]}
-            write(_file(folder, name), exercises, worked, cfg.data.seed)
+            write(_file(folder, name), exercises, mixed(portions[name], cfg.data.seed))
+        write(_file(folder, VERIFIED), drawn[SETS.index("training")], lambda exercise: exercise.verified)
     for family, size in cfg.cells:
         if not (random_model := folder / "random" / f"{family}_{size}").is_dir():
             random_model.parent.mkdir(exist_ok=True)
@@ -129,7 +130,7 @@ def _run(cfg: LabConfig, folder: Path, home: Path, cell: str, method: str, seed:
             "experiment=lab/train",
             *_data(cfg, folder, "training"),
             *cfg.training,
-            *overrides,
+            *(override.replace("{data}", str(folder / "data")) for override in overrides),
             f"trainer.steps={cfg.steps // len(stages)}",
             f"model.path={model}",
             f"seed={seed * 100 + number}",  # the stages ask different questions
@@ -160,7 +161,7 @@ def _evaluation(cfg: LabConfig, folder: Path, home: Path) -> Job:
         "published=''",
         "precision.dtype=fp32",
         "max_new_tokens=64",
-        "max_sequences=1024",
+        "max_sequences=512",
         "questions_per_batch=50",
         f"run_dir={home / 'eval'}",
     )

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from hpt_mega.lab.exercises import KINDS, Exercise, Portion, draw, write
+from hpt_mega.lab.exercises import KINDS, Exercise, Portion, draw, mixed, write
 from hpt_mega.rewards.math import exact_verdict
 
 NUMBER_OF_STEPS = {"chain": lambda size: size - 1, "sum": int, "difference": int, "product": int}
@@ -31,9 +31,11 @@ def test_answers_are_python_s_and_every_line_of_the_work_is_true() -> None:
     for _, _, exercise in samples():
         assert exercise.prompt.endswith("?")
         assert int(exercise.answer) == python_says(exercise.prompt[:-1])
-        for line in exercise.work:
+        lines = exercise.verified.splitlines()[:-1]
+        assert len(lines) == 2 * len(exercise.work)
+        for line in (*exercise.work, *lines):
             left, right = line.split("=")
-            assert python_says(left) == int(right), exercise
+            assert python_says(left) == int(right), line
 
 
 def test_the_work_of_a_sum_or_product_spells_the_answer_digit_by_digit() -> None:
@@ -54,7 +56,7 @@ def test_a_larger_size_takes_more_steps() -> None:
 
 def test_both_forms_of_a_demonstration_are_graded_right_and_a_wrong_digit_is_not() -> None:
     for _, _, exercise in samples():
-        for text in (exercise.worked, exercise.direct):
+        for text in (exercise.worked, exercise.verified, exercise.direct):
             assert exact_verdict(text, exercise.answer).reward == 1
         assert exact_verdict(exercise.worked.replace("{", "{1"), exercise.answer).reward == 0
 
@@ -81,8 +83,9 @@ def test_what_cannot_be_drawn_is_named(portion: Portion, message: str) -> None:
 
 
 def test_the_share_of_demonstrations_that_show_their_work_is_the_portion_s(tmp_path: Path) -> None:
-    (drawn,) = draw([[Portion("sum", 2, 400, 0.25), Portion("sum", 3, 30)]], 2)
-    write(tmp_path / "set.jsonl", drawn, {"sum 2": 0.25}, seed=4)
+    portions = [Portion("sum", 2, 400, 0.25), Portion("sum", 3, 30)]
+    (drawn,) = draw([portions], 2)
+    write(tmp_path / "set.jsonl", drawn, mixed(portions, seed=4))
     rows = [json.loads(line) for line in (tmp_path / "set.jsonl").read_text().splitlines()]
     shown = [row["task"] for row in rows if "=" in row["demonstration"]]
     assert shown.count("sum 3") == 30
