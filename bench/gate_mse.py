@@ -1,9 +1,9 @@
-"""Errors of the RL and the demonstration gradient, question by question: where the gate inverse_mse comes from.
+"""Errors of the RL and the demonstration gradient, question by question: the ground of the gate inverse_mse.
 
     python bench/gate_mse.py --out bench/results/gate_mse.md
 
-The enumerable policies of `hpt diagnose-gradient`: each question's estimates by n rollouts (dr_grpo) and by one
-demonstration (sft), beside the true gradient of its pass rate.
+The enumerable policies of `hpt diagnose-gradient`: each question's estimates by n rollouts (dr_grpo) and by
+one demonstration (sft), beside the true gradient of its pass rate.
 """
 
 from __future__ import annotations

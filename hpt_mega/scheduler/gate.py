@@ -61,7 +61,7 @@ def sigmoid(pass_rate: Tensor, *, center: float = 0.5, temperature: float = 0.1)
 
 
 def inverse_mse(pass_rate: Tensor, *, balance: float = 0.125) -> Weights:
-    """(1 - b, b) with b = balance² / (balance² + P²): each gradient weighs by the inverse of its squared error.
+    """(1 - b, b) with b = balance² / (balance² + P²): a gradient weighs by the inverse of its squared error.
 
     Measured question by question (bench/gate_mse.py), the error of the RL gradient relative to its size grows
     as P falls, that of the demonstration's shrinks; at P = balance they are equal.
