@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config
 
-END, BOX = "<end>", "\\boxed{"
+END, BOX = "<|endoftext|>", "\\boxed{"
 CHARACTERS = "0123456789+-*=?}\n"
 POSITIONS = 256
 SIZES: dict[str, dict[str, int]] = {  # parameters, the few of the embedding included
@@ -24,11 +24,18 @@ FAMILIES: dict[str, tuple[type[Any], dict[str, Any]]] = {  # what tells the fami
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    r"""One token a character, and one for "\boxed{"."""
-    vocabulary = {word: number for number, word in enumerate((END, BOX, *CHARACTERS))}
-    made = Tokenizer(models.WordLevel(vocabulary, unk_token=END))
-    made.pre_tokenizer = pre_tokenizers.Split(Regex(r"\\boxed\{|[\s\S]"), "isolated")
-    made.decoder = decoders.Fuse()
+    r"""One token a character, and one for "\boxed{".
+
+    In form it is a byte-level BPE without merges whose end is <|endoftext|>: AutoTokenizer gives a Qwen2
+    folder its own splitting whatever tokenizer.json says, and only such a one reads the same under both.
+    """
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    symbols = [byte_level.pre_tokenize_str(character)[0][0] for character in CHARACTERS]
+    vocabulary = {word: number for number, word in enumerate((END, BOX, *symbols))}
+    made = Tokenizer(models.BPE(vocabulary, merges=[]))
+    made.pre_tokenizer = byte_level
+    made.decoder = decoders.ByteLevel()
+    made.add_tokens([AddedToken(BOX, normalized=False)])
     return PreTrainedTokenizerFast(
         tokenizer_object=made,
         eos_token=END,

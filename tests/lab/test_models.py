@@ -33,6 +33,12 @@ def test_a_saved_model_has_its_family_s_form_and_the_size_of_its_name(tmp_path: 
     assert model.config.model_type == family
     assert (model.model.layers[0].self_attn.q_proj.bias is not None) == (family == "qwen2")
     assert len(AutoTokenizer.from_pretrained(tmp_path / "1m")) == model.config.vocab_size
+    text = "47+85?7+5=12\n4+8+1=13\n\\boxed{132}"
+    words = AutoTokenizer.from_pretrained(tmp_path / "1m")  # for Qwen2 of a class of its own
+    tokens = words(text, add_special_tokens=False).input_ids
+    assert tokens == tokenizer()(text, add_special_tokens=False).input_ids
+    assert words.decode(tokens, skip_special_tokens=True) == text
+    assert words.eos_token_id == model.config.eos_token_id == 0
     assert len(SIZES) == 2
 
 
