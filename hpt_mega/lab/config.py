@@ -51,6 +51,12 @@ class LabConfig:
     def cells(self) -> list[tuple[str, str]]:
         return [(family, size) for family in self.families for size in self.sizes]
 
+    def only(self, sizes: list[str]) -> LabConfig:
+        """The grid of some of its sizes."""
+        if unknown := [size for size in sizes if size not in self.sizes]:
+            raise ConfigError(f"--sizes {unknown[0]}: not in this lab; known: {', '.join(self.sizes)}")
+        return replace(self, sizes=sizes)
+
     def ablation(self, name: str) -> LabConfig:
         """The grid of an ablation: its variants in place of the methods, one family and size."""
         if name not in self.ablations:

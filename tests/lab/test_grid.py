@@ -85,6 +85,15 @@ def test_an_ablation_has_every_variant_on_one_model_and_seeds_of_the_grid(tmp_pa
         cfg.ablation("gates")
 
 
+def test_a_grid_can_be_done_size_by_size(tmp_path: Path) -> None:
+    cfg = read("full")
+    parts = [{run.folder for run in runs(cfg.only([size]), tmp_path, "m")} for size in ("1m", "5m")]
+    assert not parts[0] & parts[1]
+    assert parts[0] | parts[1] == {run.folder for run in runs(cfg, tmp_path, "m")}
+    with pytest.raises(ConfigError, match="--sizes 7b: not in this lab; known: 1m, 5m"):
+        cfg.only(["7b"])
+
+
 def test_a_folder_refuses_another_lab_s_settings_and_takes_more_seeds(tmp_path: Path) -> None:
     cfg = read("quick")
     keep(cfg, tmp_path)
