@@ -58,11 +58,12 @@ def _run(options: argparse.Namespace) -> int:
         return 0
     failures = _do(cfg, grid, folder, models, trained, options.workers)
 
-    from hpt_mega.telemetry.comparison import write_comparison
-
-    print(f"report: {write_comparison([folder / home], folder / home)}")
     for failure in failures:
         print(f"error: {failure}", file=sys.stderr)
+    if any(run.is_done for run in trained):
+        from hpt_mega.telemetry.comparison import write_comparison
+
+        print(f"report: {write_comparison([folder / home], folder / home)}")
     return 1 if failures else 0
 
 

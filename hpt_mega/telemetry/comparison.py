@@ -207,8 +207,8 @@ def _course(runs: Sequence[Finished]) -> Table:
             ("sft_fraction", _percent), ("entropy", "{:.3f}".format), ("response_length", "{:.1f}".format),
         ):  # fmt: skip
             row.append(" → ".join(as_text(value) for value in _ends(own, key)) or "–")
-        tokens = fmean(run.summary["seconds"]["total"] for run in own)
-        rows.append([*row, f"{tokens:.0f}"])
+        seconds = fmean(run.summary["seconds"]["total"] for run in own)
+        rows.append([*row, f"{seconds:.0f}"])
     return Table(
         "Course of training",
         "First → last tenth of the steps, means over runs: share of questions (percent) whose demonstration "
