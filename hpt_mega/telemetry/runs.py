@@ -61,10 +61,18 @@ def find(folders: Sequence[Path]) -> list[Finished]:
     homes = [path.parent for path in found if not (path.parents[1] / LABEL).is_file()]  # stages are parts
     if not homes:
         listed = ", ".join(map(str, folders))
-        raise ConfigError(f"no finished run of `hpt train` (a folder with summary.json) in {listed}")
+        raise ConfigError(
+            f"no finished run of `hpt train` (a folder with metrics.jsonl and summary.json) in {listed}"
+        )
     summaries = {home: json.loads((home / "summary.json").read_text()) for home in homes}
     names = _names({home: summary["config"] for home, summary in summaries.items()})
     return [_load(home, summaries[home], names[home]) for home in homes]
+
+
+def unfinished(folders: Sequence[Path]) -> int:
+    """How many runs in and below the folders have begun and not ended."""
+    begun = {path.parent for folder in folders for path in folder.rglob("metrics.jsonl")}
+    return sum(not (home / "summary.json").is_file() for home in begun)
 
 
 def _load(home: Path, summary: dict[str, Any], name: str) -> Finished:

@@ -13,7 +13,7 @@ from hpt_mega.cli import main
 from hpt_mega.config import ConfigError, compose, save
 from hpt_mega.telemetry.comparison import write_comparison
 from hpt_mega.telemetry.records import append
-from hpt_mega.telemetry.runs import COUNTS, LABEL, find
+from hpt_mega.telemetry.runs import COUNTS, LABEL, find, unfinished
 from hpt_mega.telemetry.summary import summarise
 
 STEPS = 20
@@ -102,6 +102,9 @@ def test_stages_are_one_run_whose_steps_are_counted_through(tmp_path: Path) -> N
     home = make(tmp_path / "both", "algorithm=grpo", final=0.6)
     make(home / "stage0", "algorithm=sft", final=0.3)
     label(home, "both", "small", 1, {"a": 1, "b": 1, "c": 1, "d": 1})
+    (tmp_path / "begun").mkdir()
+    append(tmp_path / "begun" / "metrics.jsonl", {"step": 0})
+    assert unfinished([tmp_path]) == 1
     (run,) = find([tmp_path])
     assert [record["step"] for record in run.records] == list(range(2 * STEPS + 1))
     evaluated = [record for record in run.records if "eval/accuracy" in record]
