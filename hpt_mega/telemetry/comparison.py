@@ -14,7 +14,7 @@ from statistics import fmean
 from hpt_mega.evaluation.results import powers_of_two
 from hpt_mega.telemetry import comparison_plots, page
 from hpt_mega.telemetry.records import write_atomically
-from hpt_mega.telemetry.runs import Finished, find, unfinished
+from hpt_mega.telemetry.runs import Finished, comparable, find, unfinished
 from hpt_mega.telemetry.significance import Mean, mean, paired
 
 REFERENCE = "hpt"  # the method that others are tested against; where it is not there, the first
@@ -35,17 +35,19 @@ def write_comparison(folders: Sequence[Path], out: Path) -> Path:
 
     Raises ConfigError where there are none.
     """
-    runs = find(folders)
+    found = find(folders)
+    runs = comparable(found)
     tables = _tables(runs)
     drawn = comparison_plots.draw(runs, out / "plots")
     title = f"{len(_methods(runs))} methods, {len(runs)} runs"
-    left_out = unfinished(folders)
+    left_out, alone = unfinished(folders), len(found) - len(runs)
     subtitle = " · ".join(
         [
             f"models: {', '.join(_cells(runs))}",
             f"seeds: {', '.join(map(str, sorted({run.seed for run in runs})))}",
             f"{max(run.records[-1]['step'] for run in runs)} steps each",
             *([f"{left_out} unfinished runs left out"] if left_out else []),
+            *([f"{alone} runs left out that not every method has a partner of"] if alone else []),
         ]
     )
     figures = "".join(page.figure(plot.svg, plot.caption) for plot in drawn)

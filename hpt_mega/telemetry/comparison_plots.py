@@ -136,6 +136,7 @@ def _draw(what: _Figure, runs: Sequence[Finished], folder: Path) -> Plot:
         axes.set_title(cell)
         axes.set_xlabel(what.x)
         _scale(axes, what)
+    panels[0].set_ylim(bottom=0)  # the panels share it; once set, it no longer follows what is drawn
     panels[0].set_ylabel(what.unit)
     lines, labels = panels[0].get_legend_handles_labels()
     figure.suptitle(what.title, x=0.01, ha="left", fontsize=11.5, fontweight="bold")
@@ -152,7 +153,6 @@ def _scale(axes: Axes, what: _Figure) -> None:
         axes.xaxis.set_major_formatter("{x:.0f}")
     if what.is_share:
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
-    axes.set_ylim(bottom=0)
 
 
 def _line(axes: Axes, curves: Sequence[Curve], colour: str, label: str) -> None:

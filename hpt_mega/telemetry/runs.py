@@ -69,6 +69,18 @@ def find(folders: Sequence[Path]) -> list[Finished]:
     return [_load(home, summaries[home], names[home]) for home in homes]
 
 
+def comparable(runs: Sequence[Finished]) -> list[Finished]:
+    """The runs on models and seeds that every method was run on; all runs where there is no such pair.
+
+    Means over other pairs would compare models, not methods.
+    """
+    pairs: dict[str, set[tuple[str, int]]] = {}
+    for run in runs:
+        pairs.setdefault(run.method, set()).add((run.cell, run.seed))
+    shared = set.intersection(*pairs.values())
+    return [run for run in runs if (run.cell, run.seed) in shared] if shared else list(runs)
+
+
 def unfinished(folders: Sequence[Path]) -> int:
     """How many runs in and below the folders have begun and not ended."""
     begun = {path.parent for folder in folders for path in folder.rglob("metrics.jsonl")}

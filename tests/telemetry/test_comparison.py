@@ -91,6 +91,15 @@ def test_the_tables_hold_means_paired_differences_and_never_solved_questions(lab
     assert rows(markdown, "Course of training")["hpt"][0] == "96.2 → 51.2"
 
 
+def test_means_are_taken_over_models_and_seeds_that_every_method_has(lab: Path) -> None:
+    folder = make(lab / "large" / "hpt3", "algorithm=hpt")
+    label(folder, "hpt", "large", 3, {"a": 0, "b": 0, "c": 0, "d": 0})
+    write_comparison([lab], lab)
+    markdown = (lab / "comparison.md").read_text()
+    assert "1 runs left out that not every method has a partner of" in markdown
+    assert rows(markdown, "Held-out accuracy after training")["hpt"][0] == "71.9 ± 5.7"
+
+
 def test_the_page_is_one_file_with_every_figure_in_it(lab: Path) -> None:
     page = write_comparison([lab], lab / "report").read_text()
     assert page.count("<svg") == len(list((lab / "report" / "plots").glob("*.png"))) == 5
