@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -19,6 +20,7 @@ from hpt_mega.checkpoint.manage import configure as configure_checkpoints
 from hpt_mega.config import ConfigError, compose
 from hpt_mega.dryrun.command import configure as configure_dryrun
 from hpt_mega.evaluation.command import configure as configure_eval
+from hpt_mega.lab.command import configure as configure_lab
 from hpt_mega.planning.command import configure as configure_plan
 from hpt_mega.rewards.command import add_grade_options
 
@@ -60,11 +62,15 @@ def _parser() -> argparse.ArgumentParser:
 
     report = verbs.add_parser(
         "report",
-        help="write a run's HTML report anew",
-        description="Write report.html and the plots of a run from its metrics.jsonl.",
-        epilog="example: hpt report runs/demo",
+        help="write a run's HTML report anew, or compare runs",
+        description="Of one run: write report.html and its plots from metrics.jsonl. Of several, or of a "
+        "folder of them such as a lab's or a sweep's: comparison.html, comparison.md and plots.",
+        epilog="example: hpt report runs/demo; hpt report runs/ablation; hpt report runs/hpt runs/grpo",
     )
-    report.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    report.add_argument("runs", type=Path, nargs="+", metavar="RUN_DIR")
+    report.add_argument(
+        "--out", type=Path, metavar="DIR", help="of a comparison; default: the folder that holds them all"
+    )
     report.set_defaults(run=_report)
 
     algorithms = verbs.add_parser(
@@ -90,6 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     configure_checkpoints(verbs.add_parser("checkpoints", help="list, verify or prune a run's checkpoints"))
     configure_plan(verbs.add_parser("plan", help="which layout fits a model on GPUs, and how fast it is"))
 
+    configure_lab(verbs.add_parser("lab", help="compare all methods on small models made here"))
     configure_dryrun(verbs.add_parser("dryrun", help="examine a job of any size without a GPU"))
 
     grade = verbs.add_parser(
@@ -147,12 +154,17 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
-    if not (options.run_dir / "metrics.jsonl").is_file():
-        raise ConfigError(f"{options.run_dir} holds no metrics.jsonl; expected the run_dir of `hpt train`")
+    folders: list[Path] = options.runs
+    if len(folders) == 1 and (folders[0] / "metrics.jsonl").is_file():
+        from hpt_mega.telemetry.report import write_report
 
-    from hpt_mega.telemetry.report import write_report
+        print(write_report(folders[0]))
+        return 0
 
-    print(write_report(options.run_dir))
+    from hpt_mega.telemetry.comparison import write_comparison
+
+    common = Path(os.path.commonpath([folder.absolute() for folder in folders]))
+    print(write_comparison(folders, options.out or common))
     return 0
 
 

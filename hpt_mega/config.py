@@ -299,8 +299,8 @@ def compose(overrides: Iterable[str]) -> Config:
     return config
 
 
-def save(config: Config, path: Path) -> None:
-    """Write the config as YAML; the file is complete whenever it exists."""
+def save(config: object, path: Path) -> None:
+    """Write a config (any dataclass) as YAML; the file is complete whenever it exists."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}")
     OmegaConf.save(OmegaConf.structured(config), partial)
@@ -355,7 +355,8 @@ def _choices(group: str) -> list[str] | None:
     """What can be chosen for a group of conf/; None where it is no group."""
     if "." in group or not (conf_dir() / group).is_dir():
         return None
-    return sorted(path.stem for path in (conf_dir() / group).glob("*.yaml"))
+    folder = conf_dir() / group
+    return sorted(path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml"))
 
 
 def _type_at(key: str) -> Any:

@@ -27,7 +27,8 @@ def test_groups_and_their_keys_combine_with_an_experiment() -> None:
 
 
 @pytest.mark.parametrize(
-    "experiment", sorted(path.stem for path in (conf_dir() / "experiment").glob("*.yaml"))
+    "experiment",
+    ["lab/pretrain", "lab/train", *sorted(path.stem for path in (conf_dir() / "experiment").glob("*.yaml"))],
 )
 def test_every_experiment_composes(experiment: str) -> None:
     assert isinstance(compose([f"experiment={experiment}"]), Config)
@@ -85,7 +86,7 @@ def test_a_saved_config_is_loaded_as_it_was(tmp_path: Path) -> None:
         ("trainer=4", "trainer.steps"),
         ("algorithm=grp", "did you mean grpo"),
         ("algorithm.name=grpo", "algorithm=grpo"),
-        ("experiment=nope", "known: demo, hpt_70b, hpt_7b, hpt_moe, tiny"),
+        ("experiment=nope", "known: demo, hpt_70b, hpt_7b, hpt_moe, lab/pretrain, lab/train, tiny"),
         ("demo", "expected KEY=VALUE"),
         ("+parallel.cp=2", "expected KEY=VALUE"),
     ],

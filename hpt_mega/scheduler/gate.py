@@ -60,12 +60,25 @@ def sigmoid(pass_rate: Tensor, *, center: float = 0.5, temperature: float = 0.1)
     return alpha, 1 - alpha
 
 
+def inverse_mse(pass_rate: Tensor, *, balance: float = 0.125) -> Weights:
+    """(1 - b, b) with b = balance² / (balance² + P²): a gradient weighs by the inverse of its squared error.
+
+    Measured question by question (bench/gate_mse.py), the error of the RL gradient relative to its size grows
+    as P falls, that of the demonstration's shrinks; at P = balance they are equal.
+    """
+    if not balance > 0:
+        raise ValueError(f"inverse_mse needs a balance above 0; got {balance}")
+    beta = balance**2 / (balance**2 + pass_rate**2)
+    return 1 - beta, beta
+
+
 GATES: dict[str, Callable[..., Weights]] = {
     "switch": switch,
     "three_zone": three_zone,
     "linear": linear,
     "sigmoid": sigmoid,
     "soft": soft,
+    "inverse_mse": inverse_mse,
 }
 
 

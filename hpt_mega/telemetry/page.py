@@ -37,6 +37,7 @@ p.note { margin: 0 0 .75rem; }
 .good, .bad { font-weight: 600; }
 .good { color: var(--good); } .bad { color: var(--bad); }
 .plots { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 330px), 1fr)); }
+.wide { display: grid; gap: 1rem; }
 figure { margin: 0; padding: .75rem .75rem .9rem; }
 figure svg { display: block; width: 100%; height: auto; }
 figure svg text { font-family: inherit !important; }

@@ -1,6 +1,6 @@
 """The figures of a report, from the records of metrics.jsonl.
 
-The page around them is made in report.py; matplotlib is imported here and nowhere else.
+The page around them is made in report.py; those of many runs are in comparison_plots.py.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ PHASE_COLOURS = {
 # The page redefines these in dark mode; the PNG files keep the colours above.
 CSS_NAMES = {INK: "--ink", MUTED: "--muted", GRID: "--line", LINE: "--accent"}
 
-_STYLE: dict[Any, Any] = {
+STYLE: dict[Any, Any] = {
     "figure.constrained_layout.use": True,
     "font.size": 9,
     "font.family": "DejaVu Sans",
@@ -129,7 +129,7 @@ def draw(records: Sequence[Record], folder: Path) -> list[Plot]:
     for stale in folder.glob("*.png"):
         stale.unlink()
     plots = []
-    with rc_context(_STYLE):
+    with rc_context(STYLE):
         evaluations = [record for record in records if ACCURACY in record]
         if len(evaluations) > 1:
             plots.append(_accuracy(evaluations, folder))
@@ -222,11 +222,11 @@ def _plot(
     axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
     paint(axes)
     figure.savefig(folder / f"{name}.png", dpi=200, facecolor="white")
-    svg = _svg(figure, title)
+    svg = as_svg(figure, title)
     return Plot(name, caption, svg)
 
 
-def _svg(figure: Figure, title: str) -> str:
+def as_svg(figure: Figure, title: str) -> str:
     """The figure as an element to put into HTML, its colours as variables of the page's style sheet."""
     buffer = io.StringIO()
     nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))

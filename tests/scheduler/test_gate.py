@@ -49,6 +49,12 @@ def test_linear_and_sigmoid_follow_their_formulas() -> None:
         assert a + b == pytest.approx(1)
 
 
+def test_inverse_mse_is_even_at_its_balance_and_keeps_the_paper_s_gate_at_both_ends() -> None:
+    alpha, beta = gate("inverse_mse", balance=0.25)(torch.tensor([0.0, 0.25, 0.5, 1.0], dtype=torch.float64))
+    assert beta.tolist() == pytest.approx([1, 1 / 2, 1 / 5, 1 / 17])
+    assert (alpha + beta).tolist() == pytest.approx([1.0] * 4)
+
+
 @pytest.mark.parametrize("name", GATES)
 @given(rates=st.lists(st.floats(0, 1), max_size=9).map(sorted))
 def test_weights_lie_in_the_unit_interval_and_move_from_sft_to_rl(name: str, rates: list[float]) -> None:
@@ -74,6 +80,7 @@ def test_a_pass_rate_outside_the_unit_interval_is_refused(rate: float) -> None:
         ("linear", {"threshold": 0.1}, "known: none"),
         ("switch", {"threshold": "low"}, "must be a finite number"),
         ("sigmoid", {"temperature": 0.0}, "temperature above 0"),
+        ("inverse_mse", {"balance": 0.0}, "balance above 0"),
         ("three_zone", {"switch_gate": 0.5, "switch_gate_off": 0.2}, "switch_gate <= switch_gate_off"),
     ],
 )

@@ -1,0 +1,117 @@
+"""The config of `hpt lab` (conf/lab), what may change between two calls on one folder, and its checks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from hpt_mega.config import ConfigError, conf_dir, save
+from hpt_mega.lab.exercises import Portion
+from hpt_mega.lab.models import FAMILIES, SIZES
+
+# Overrides of `hpt train`, stage by stage, in which {data} is the folder of questions; the stages share the
+# steps evenly.
+Stages = list[list[str]]
+Variants = dict[str, Stages]
+
+
+@dataclass
+class DataSets:
+    """The exercises. No question is in two sets."""
+
+    seed: int = 0
+    pretraining: list[Portion] = field(default_factory=list)
+    training: list[Portion] = field(default_factory=list)
+    heldout: list[Portion] = field(default_factory=list)  # of the kinds and sizes of training
+    outside: list[Portion] = field(default_factory=list)  # held out too: longer ones, other operations
+
+
+@dataclass
+class LabConfig:
+    """A grid: every method on every model (family x size) with every seed."""
+
+    seeds: list[int] = field(default_factory=list)
+    families: list[str] = field(default_factory=list)
+    sizes: list[str] = field(default_factory=list)
+    steps: int = 60  # of optimisation, of every method
+    samples: int = 64  # a held-out question, for pass@k
+    deadline_s: float = 1800.0  # of one model, one run or one evaluation
+    data: DataSets = field(default_factory=DataSets)
+    pretraining: dict[str, list[str]] = field(default_factory=dict)  # by size: overrides
+    training: list[str] = field(default_factory=list)  # overrides of every method
+    methods: dict[str, Any] = field(default_factory=dict)  # name: Stages
+    ablations: dict[str, Any] = field(default_factory=dict)  # name: Variants, on the first family and size
+
+    @property
+    def cells(self) -> list[tuple[str, str]]:
+        return [(family, size) for family in self.families for size in self.sizes]
+
+    def only(self, sizes: list[str]) -> LabConfig:
+        """The grid of some of its sizes."""
+        if unknown := [size for size in sizes if size not in self.sizes]:
+            raise ConfigError(f"--sizes {unknown[0]}: not in this lab; known: {', '.join(self.sizes)}")
+        return replace(self, sizes=sizes)
+
+    def ablation(self, name: str) -> LabConfig:
+        """The grid of an ablation: its variants in place of the methods, one family and size."""
+        if name not in self.ablations:
+            raise ConfigError(f"--ablation {name}: no such ablation; known: {', '.join(self.ablations)}")
+        return replace(self, methods=self.ablations[name], families=self.families[:1], sizes=self.sizes[:1])
+
+
+FREE_TO_CHANGE = ("seeds", "families", "sizes", "deadline_s", "methods", "ablations")
+KEPT = "lab.yaml"
+
+
+def read(name: str) -> LabConfig:
+    """conf/lab/NAME.yaml. Raises ConfigError where it does not fit."""
+    cfg = _read(conf_dir() / "lab" / f"{name}.yaml")
+    for key, given, known in (("families", cfg.families, FAMILIES), ("sizes", cfg.sizes, SIZES)):
+        if unknown := [one for one in given if one not in known]:
+            raise ConfigError(f"lab: {key} has {unknown[0]!r}, expected {' or '.join(known)}")
+    if missing := [size for size in cfg.sizes if size not in cfg.pretraining]:
+        raise ConfigError(f"lab: pretraining has nothing for size {missing[0]!r}; name its overrides")
+    for method, stages in {**cfg.methods, **_flat(cfg.ablations)}.items():
+        if not stages or cfg.steps % len(stages):
+            raise ConfigError(
+                f"lab: {method} has {len(stages)} stages that share {cfg.steps} steps; expected a divisor"
+            )
+    return cfg
+
+
+def keep(cfg: LabConfig, folder: Path) -> None:
+    """Keep the config in the folder. Raises ConfigError where its runs were made with another one."""
+    path = folder / KEPT
+    if path.is_file():
+        now, then = (OmegaConf.to_container(OmegaConf.structured(one)) for one in (cfg, _read(path)))
+        assert isinstance(now, dict) and isinstance(then, dict)
+        changed = [str(key) for key in now if key not in FREE_TO_CHANGE and now[key] != then[key]]
+        if changed:
+            raise ConfigError(
+                f"{folder} holds runs of a lab with other {', '.join(changed)}; "
+                "set another --out, or delete it"
+            )
+    folder.mkdir(parents=True, exist_ok=True)
+    save(cfg, path)
+
+
+def _flat(ablations: dict[str, Variants]) -> Variants:
+    return {
+        f"{name} {variant}": stages
+        for name, variants in ablations.items()
+        for variant, stages in variants.items()
+    }
+
+
+def _read(path: Path) -> LabConfig:
+    try:
+        cfg = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(LabConfig), OmegaConf.load(path)))
+    except (OSError, OmegaConfBaseException, YAMLError) as error:
+        raise ConfigError(f"{path}: {str(error).splitlines()[0]}") from error
+    assert isinstance(cfg, LabConfig)
+    return cfg

@@ -1,0 +1,191 @@
+"""Which jobs a lab consists of: models to pre-train, then one run a method, model and seed.
+
+What a job does is in worker.py, when and where it is done in runner.py.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from hpt_mega.lab.config import LabConfig
+from hpt_mega.lab.exercises import Portion, draw, mixed, write
+from hpt_mega.lab.models import save
+from hpt_mega.telemetry.records import write_atomically
+from hpt_mega.telemetry.runs import COUNTS, LABEL
+
+SETS = ("pretraining", "training", "heldout")
+VERIFIED = "verified"  # the questions of training with the demonstrations of another school
+BASE = "base"  # the "method" of the models that nothing has trained further
+
+
+@dataclass(frozen=True)
+class Job:
+    """One `hpt train` or `hpt eval`."""
+
+    verb: str
+    settings: tuple[str, ...]
+    run_dir: Path
+
+    @property
+    def is_done(self) -> bool:
+        return (self.run_dir / {"train": "summary.json", "eval": COUNTS}[self.verb]).is_file()
+
+    @property
+    def command(self) -> str:
+        return " ".join(("hpt", self.verb, *self.settings))
+
+
+@dataclass(frozen=True)
+class Run:
+    """A method on a model with a seed: jobs that follow each other."""
+
+    method: str
+    cell: str
+    seed: int
+    folder: Path
+    jobs: tuple[Job, ...]
+    base: Path | None = None  # the evaluation of the model that it begins with
+    outside: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        return f"{self.method} {self.cell} seed {self.seed}"
+
+    @property
+    def is_done(self) -> bool:
+        return all(job.is_done for job in self.jobs)
+
+    def begin(self) -> None:
+        """Write what telemetry/runs.py knows the run by."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        label: dict[str, object] = {"method": self.method, "cell": self.cell, "seed": self.seed}
+        if self.base:
+            label |= {"base": os.path.relpath(self.base, self.folder), "outside": self.outside}
+        write_atomically(self.folder / LABEL, json.dumps(label) + "\n")
+
+    def tidy(self) -> None:
+        """Once it is done: a grid's checkpoints and models would fill a disk. Base models stay."""
+        for job in self.jobs if self.base else ():
+            for heavy in ("checkpoints", "hf"):
+                shutil.rmtree(job.run_dir / heavy, ignore_errors=True)
+            (job.run_dir / "responses.jsonl").unlink(missing_ok=True)
+
+
+def prepare(cfg: LabConfig, folder: Path) -> None:
+    """Make the files of questions and the random models that are not there yet."""
+    (folder / "data").mkdir(parents=True, exist_ok=True)
+    portions = _portions(cfg)
+    if not all(_file(folder, name).is_file() for name in (*SETS, VERIFIED)):
+        drawn = draw(list(portions.values()), cfg.data.seed)
+        for name, exercises in zip(portions, drawn, strict=True):
+            write(_file(folder, name), exercises, mixed(portions[name], cfg.data.seed))
+        write(_file(folder, VERIFIED), drawn[SETS.index("training")], lambda exercise: exercise.verified)
+    for family, size in cfg.cells:
+        if not (random_model := folder / "random" / f"{family}_{size}").is_dir():
+            random_model.parent.mkdir(exist_ok=True)
+            save(random_model, family, size, cfg.data.seed)
+
+
+def base_models(cfg: LabConfig, folder: Path) -> list[Run]:
+    """The pre-training of each model, and how often it solves the held-out questions."""
+    runs = []
+    for family, size in cfg.cells:
+        cell = f"{family}_{size}"
+        home = folder / BASE / cell
+        settings = (
+            "experiment=lab/pretrain",
+            f"model.path={folder / 'random' / cell}",
+            *_data(cfg, folder, "pretraining"),
+            *cfg.pretraining[size],
+            "resume=auto",
+            f"run_dir={home}",
+        )
+        jobs = (Job("train", settings, home), _evaluation(cfg, folder, home))
+        runs.append(Run(BASE, cell, cfg.data.seed, home, jobs))
+    return runs
+
+
+def runs(cfg: LabConfig, folder: Path, home: str) -> list[Run]:
+    """Every method on every model with every seed, below FOLDER/HOME; seed by seed, so that a lab that is
+    stopped half-way has compared all methods on the seeds that it did."""
+    return [
+        _run(cfg, folder, folder / home / cell / method / str(seed), cell, method, seed)
+        for seed in cfg.seeds
+        for cell in (f"{family}_{size}" for family, size in cfg.cells)
+        for method in cfg.methods
+    ]
+
+
+def _run(cfg: LabConfig, folder: Path, home: Path, cell: str, method: str, seed: int) -> Run:
+    stages = cfg.methods[method]
+    jobs: list[Job] = []
+    model, last = folder / BASE / cell / "hf", len(stages) - 1
+    for number, overrides in enumerate(stages):
+        run_dir = home if number == last else home / f"stage{number}"
+        settings = (
+            "experiment=lab/train",
+            *_data(cfg, folder, "training"),
+            *cfg.training,
+            *(override.replace("{data}", str(folder / "data")) for override in overrides),
+            f"trainer.steps={cfg.steps // len(stages)}",
+            f"model.path={model}",
+            f"seed={seed * 100 + number}",  # the stages ask different questions
+            "resume=auto",
+            f"run_dir={run_dir}",
+        )
+        jobs.append(Job("train", settings, run_dir))
+        model = run_dir / "hf"
+    outside = tuple(portion.task for portion in cfg.data.outside)
+    jobs.append(_evaluation(cfg, folder, home))
+    return Run(method, cell, seed, home, tuple(jobs), _counts_of_base(folder, cell), outside)
+
+
+def _counts_of_base(folder: Path, cell: str) -> Path:
+    return folder / BASE / cell / "eval" / COUNTS
+
+
+def _evaluation(cfg: LabConfig, folder: Path, home: Path) -> Job:
+    """pass@k of the run's model on the held-out questions, all of them alike for every run."""
+    settings = (
+        f"model={home / 'hf'}",
+        f"benchmarks=[{_file(folder, 'heldout')}]",
+        f"k={cfg.samples}",
+        "temperature=1.0",
+        "top_p=1.0",
+        "template=plain",
+        "kind=exact",
+        "published=''",
+        "precision.dtype=fp32",
+        "max_new_tokens=64",
+        "max_sequences=512",
+        "questions_per_batch=50",
+        f"run_dir={home / 'eval'}",
+    )
+    return Job("eval", settings, home / "eval")
+
+
+def _data(cfg: LabConfig, folder: Path, name: str) -> tuple[str, ...]:
+    portions = _portions(cfg)
+    return (
+        f"data.train_file={_file(folder, name)}",
+        f"data.train_questions={_count(portions[name])}",
+        f"data.heldout_file={_file(folder, 'heldout')}",
+        f"data.heldout_questions={_count(portions['heldout'])}",
+    )
+
+
+def _portions(cfg: LabConfig) -> dict[str, list[Portion]]:
+    data = cfg.data
+    return dict(zip(SETS, (data.pretraining, data.training, [*data.heldout, *data.outside]), strict=True))
+
+
+def _count(portions: list[Portion]) -> int:
+    return sum(portion.count for portion in portions)
+
+
+def _file(folder: Path, name: str) -> Path:
+    return folder / "data" / f"{name}.jsonl"

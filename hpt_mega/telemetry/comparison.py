@@ -1,0 +1,288 @@
+"""The comparison of many runs: methods by cells (models) and seeds, as one HTML page and as Markdown.
+
+What a run is lives in runs.py, the tests in significance.py, the figures in comparison_plots.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from statistics import fmean
+
+from hpt_mega.evaluation.results import powers_of_two
+from hpt_mega.telemetry import comparison_plots, page
+from hpt_mega.telemetry.records import write_atomically
+from hpt_mega.telemetry.runs import Finished, comparable, find, unfinished
+from hpt_mega.telemetry.significance import Mean, mean, paired
+
+REFERENCE = "hpt"  # the method that others are tested against; where it is not there, the first
+
+Score = Callable[[Finished], float | None]
+
+
+@dataclass(frozen=True)
+class Table:
+    title: str
+    note: str
+    head: list[str]
+    rows: list[list[str]]
+
+
+def write_comparison(folders: Sequence[Path], out: Path) -> Path:
+    """Write OUT/comparison.html, .md and plots/ on all finished runs below the folders; returns the page.
+
+    Raises ConfigError where there are none.
+    """
+    found = find(folders)
+    runs = comparable(found)
+    tables = _tables(runs)
+    drawn = comparison_plots.draw(runs, out / "plots")
+    title = f"{len(_methods(runs))} methods, {len(runs)} runs"
+    left_out, alone = unfinished(folders), len(found) - len(runs)
+    subtitle = " · ".join(
+        [
+            f"models: {', '.join(_cells(runs))}",
+            f"seeds: {', '.join(map(str, sorted({run.seed for run in runs})))}",
+            f"{max(run.records[-1]['step'] for run in runs)} steps each",
+            *([f"{left_out} unfinished runs left out"] if left_out else []),
+            *([f"{alone} runs left out that not every method has a partner of"] if alone else []),
+        ]
+    )
+    figures = "".join(page.figure(plot.svg, plot.caption) for plot in drawn)
+    parts = [f'<h1>{escape(title)}</h1><p class="subtitle">{escape(subtitle)}</p>']
+    parts += [_html(tables[0])]
+    arranged = f'<div class="{"pair" if len(_cells(runs)) < 3 else "wide"}">{figures}</div>'
+    parts += [page.section("Curves", "Means over seeds, bands ± one standard error.", arranged)]
+    parts += [_html(table) for table in tables[1:]]
+    write_atomically(out / "comparison.md", _markdown(title, subtitle, tables))
+    path = out / "comparison.html"
+    write_atomically(path, page.page(title, "\n".join(parts)))
+    return path
+
+
+def _tables(runs: Sequence[Finished]) -> list[Table]:
+    tables = [_overall(runs), _by_cell(runs)]
+    if any(run.counts for run in runs):
+        tables += [_pass_at_k(runs), _by_task(runs)]
+    return [*tables, _course(runs)]
+
+
+# What a run scored; None where it was not measured.
+
+
+def accuracy(run: Finished) -> float | None:
+    """Mean share of right samples over all held-out questions: by the final evaluation, or the run's last."""
+    if run.counts:
+        return _share(run, list(run.counts.correct))
+    return run.summary["final_accuracy"]
+
+
+def inside(run: Finished) -> float | None:
+    return _of_tasks(run, lambda task: task not in run.outside)
+
+
+def outside(run: Finished) -> float | None:
+    return _of_tasks(run, lambda task: task in run.outside)
+
+
+def greedy(run: Finished) -> float | None:
+    return fmean(run.counts.greedy.values()) if run.counts and run.counts.greedy else None
+
+
+def never_solved(run: Finished) -> float | None:
+    """The accuracy on the questions that the base model solved in none of its samples."""
+    return _share(run, run.base.never_solved()) if run.base else None
+
+
+def _of_tasks(run: Finished, wanted: Callable[[str], bool]) -> float | None:
+    if not run.counts or not run.outside:
+        return None
+    return _share(run, [question for question, task in run.counts.task.items() if wanted(task)])
+
+
+def _share(run: Finished, questions: Sequence[str]) -> float | None:
+    if not run.counts or not questions:
+        return None
+    return fmean(run.counts.correct[question] / run.counts.samples for question in questions)
+
+
+SCORES: tuple[tuple[str, Score], ...] = (
+    ("all questions", accuracy),
+    ("of trained kinds", inside),
+    ("of other kinds", outside),
+    ("never solved by the base", never_solved),
+    ("greedy", greedy),
+)
+
+
+def _overall(runs: Sequence[Finished]) -> Table:
+    measured = [(name, score) for name, score in SCORES if all(score(run) is not None for run in runs)]
+    reference = _reference(runs)
+    rows = []
+    for method in _methods(runs):
+        own = _of(runs, method)
+        row = [method, *(_mean([_known(score(run)) for run in own]) for _, score in measured)]
+        rows.append([*row, *_test(_of(runs, reference), own)])
+    return Table(
+        "Held-out accuracy after training",
+        f"Percent; mean over models and seeds ± half the 95 % interval. The last columns pair {reference} "
+        "with each method on the same model and seed, over all questions: difference in points, p of the "
+        f"two-sided t-test. {_base_note(runs)}",
+        ["method", *(name for name, _ in measured), f"{reference} − method", "p"],
+        rows,
+    )
+
+
+def _base_note(runs: Sequence[Finished]) -> str:
+    bases = {run.cell: run.base for run in runs if run.base}
+    said = [
+        f"{cell} {100 * fmean(c / base.samples for c in base.correct.values()):.1f} % "
+        f"({len(base.never_solved())} of {len(base.correct)} never solved in {base.samples} samples)"
+        for cell, base in bases.items()
+    ]
+    return f"Before training: {'; '.join(said)}." if said else ""
+
+
+def _test(ours: Sequence[Finished], theirs: Sequence[Finished]) -> list[str]:
+    ours_at = {(run.cell, run.seed): _known(accuracy(run)) for run in ours}
+    pairs = [
+        (ours_at[run.cell, run.seed], _known(accuracy(run)))
+        for run in theirs
+        if (run.cell, run.seed) in ours_at
+    ]
+    if not pairs or ours[0].method == theirs[0].method:
+        return ["", ""]
+    found = paired(*zip(*pairs, strict=True))
+    return [_signed(found.difference), _p(found.p)]
+
+
+def _by_cell(runs: Sequence[Finished]) -> Table:
+    cells = _cells(runs)
+    rows = []
+    for method in _methods(runs):
+        by_cell = ([run for run in _of(runs, method) if run.cell == cell] for cell in cells)
+        rows.append([method, *(_mean([_known(accuracy(run)) for run in own]) for own in by_cell)])
+    return Table("By model", "Held-out accuracy on all questions, percent.", ["method", *cells], rows)
+
+
+def _pass_at_k(runs: Sequence[Finished]) -> Table:
+    samples = min(run.counts.samples for run in runs if run.counts)
+    ks = powers_of_two(samples)
+    rows = [
+        [
+            method,
+            *(
+                _mean([comparison_plots.solved_at(run.counts, k) for run in _of(runs, method) if run.counts])
+                for k in ks
+            ),
+        ]
+        for method in _methods(runs)
+    ]
+    note = "Questions that at least one of k samples at temperature 1 answers, percent."
+    return Table("pass@k", note, ["method", *(f"k = {k}" for k in ks)], rows)
+
+
+def _by_task(runs: Sequence[Finished]) -> Table:
+    tasks = sorted({task for run in runs if run.counts for task in run.counts.task.values()})
+    rows = []
+    for task in tasks:
+        row = [f"{task} (other kind)" if task in runs[0].outside else task]
+        for method in _methods(runs):
+            shares = [_of_tasks_named(run, task) for run in _of(runs, method) if run.counts]
+            row.append(_percent(fmean(shares)) if shares else "–")
+        rows.append(row)
+    return Table("By kind of question", "Mean accuracy, percent.", ["kind", *_methods(runs)], rows)
+
+
+def _of_tasks_named(run: Finished, task: str) -> float:
+    assert run.counts is not None
+    return _known(_share(run, [q for q, of in run.counts.task.items() if of == task]))
+
+
+def _course(runs: Sequence[Finished]) -> Table:
+    """How steps, rollouts and what the methods did of their own differ: first and last tenth of training."""
+    rows = []
+    for method in _methods(runs):
+        own = _of(runs, method)
+        row = [method]
+        for key, as_text in (
+            ("sft_fraction", _percent), ("entropy", "{:.3f}".format), ("response_length", "{:.1f}".format),
+        ):  # fmt: skip
+            row.append(" → ".join(as_text(value) for value in _ends(own, key)) or "–")
+        seconds = fmean(run.summary["seconds"]["total"] for run in own)
+        rows.append([*row, f"{seconds:.0f}"])
+    return Table(
+        "Course of training",
+        "First → last tenth of the steps, means over runs: share of questions (percent) whose demonstration "
+        "is trained on, entropy of the trained tokens (nats), length of rollouts (tokens). Seconds of the "
+        "last stage.",
+        ["method", "SFT share", "entropy", "length", "seconds"],
+        rows,
+    )
+
+
+def _ends(runs: Sequence[Finished], key: str) -> list[float]:
+    """Means of a metric over the first and the last tenth of the steps; empty where it is not measured."""
+    ends: tuple[list[float], list[float]] = ([], [])
+    for run in runs:
+        values = [record[key] for record in run.measured(key)]
+        tenth = max(1, len(values) // 10)
+        if values:
+            ends[0].append(fmean(values[:tenth]))
+            ends[1].append(fmean(values[-tenth:]))
+    return [fmean(end) for end in ends if end]
+
+
+def _methods(runs: Sequence[Finished]) -> list[str]:
+    return comparison_plots.methods(runs)
+
+
+def _cells(runs: Sequence[Finished]) -> list[str]:
+    return sorted({run.cell for run in runs})
+
+
+def _of(runs: Sequence[Finished], method: str) -> list[Finished]:
+    return [run for run in runs if run.method == method]
+
+
+def _reference(runs: Sequence[Finished]) -> str:
+    return REFERENCE if REFERENCE in _methods(runs) else _methods(runs)[0]
+
+
+def _known(value: float | None) -> float:
+    assert value is not None
+    return value
+
+
+def _mean(values: Sequence[float]) -> str:
+    if not values:
+        return "–"
+    found = mean(values)
+    return _percent(found.value) + (f" ± {_percent(found.half_width)}" if found.count > 1 else "")
+
+
+def _signed(found: Mean) -> str:
+    width = f" ± {_percent(found.half_width)}" if found.count > 1 else ""
+    return f"{100 * found.value:+.1f}{width}"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f}"
+
+
+def _p(p: float) -> str:
+    return "–" if p != p else "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def _html(table: Table) -> str:
+    return page.section(table.title, table.note, page.numbers(table.head, table.rows, total=None))
+
+
+def _markdown(title: str, subtitle: str, tables: Sequence[Table]) -> str:
+    lines = [f"# {title}", "", subtitle, ""]
+    for table in tables:
+        lines += [f"## {table.title}", "", table.note, "", f"| {' | '.join(table.head)} |"]
+        lines += ["|" + "---|" * len(table.head), *(f"| {' | '.join(row)} |" for row in table.rows), ""]
+    return "\n".join(lines)

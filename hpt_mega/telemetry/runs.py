@@ -1,0 +1,133 @@
+"""Finished runs as a comparison needs them: what each is called, its course, and how often it solved what.
+
+How they are compared is in comparison.py.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hpt_mega.config import ConfigError
+from hpt_mega.telemetry.records import Record, read
+
+LABEL, COUNTS = "label.json", "counts.json"
+PLACE = ("run_dir", "seed", "resume", "model.path")  # keys of the config that are no part of a method
+
+
+@dataclass(frozen=True)
+class Counts:
+    """How many of `samples` responses to each question were right, and whether the greedy one was."""
+
+    samples: int
+    task: dict[str, str]  # by question
+    correct: dict[str, int]
+    greedy: dict[str, float]
+
+    @staticmethod
+    def load(path: Path) -> Counts | None:
+        return Counts(**json.loads(path.read_text())) if path.is_file() else None
+
+    def never_solved(self) -> list[str]:
+        return [question for question, count in self.correct.items() if count == 0]
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A finished run. Runs of one cell (a model) and seed are paired across methods."""
+
+    method: str
+    cell: str
+    seed: int
+    folder: Path
+    records: list[Record]  # of all stages, the steps counted through
+    summary: dict[str, Any]
+    counts: Counts | None = None
+    base: Counts | None = None  # of the model that the run began with
+    outside: list[str] = field(default_factory=list)  # tasks that are not trained on
+
+    def measured(self, key: str) -> list[Record]:
+        """The records that hold a metric; of the entropy of trained tokens those of steps that trained."""
+        trained = self.records if key != "entropy" else [r for r in self.records if r.get("tokens_trained")]
+        return [record for record in trained if key in record]
+
+
+def find(folders: Sequence[Path]) -> list[Finished]:
+    """All finished runs in and below the folders. Raises ConfigError where there are none."""
+    found = sorted({path for folder in folders for path in folder.rglob("summary.json")})
+    homes = [path.parent for path in found if not (path.parents[1] / LABEL).is_file()]  # stages are parts
+    if not homes:
+        listed = ", ".join(map(str, folders))
+        raise ConfigError(
+            f"no finished run of `hpt train` (a folder with metrics.jsonl and summary.json) in {listed}"
+        )
+    summaries = {home: json.loads((home / "summary.json").read_text()) for home in homes}
+    names = _names({home: summary["config"] for home, summary in summaries.items()})
+    return [_load(home, summaries[home], names[home]) for home in homes]
+
+
+def comparable(runs: Sequence[Finished]) -> list[Finished]:
+    """The runs on models and seeds that every method was run on; all runs where there is no such pair.
+
+    Means over other pairs would compare models, not methods.
+    """
+    pairs: dict[str, set[tuple[str, int]]] = {}
+    for run in runs:
+        pairs.setdefault(run.method, set()).add((run.cell, run.seed))
+    shared = set.intersection(*pairs.values())
+    return [run for run in runs if (run.cell, run.seed) in shared] if shared else list(runs)
+
+
+def unfinished(folders: Sequence[Path]) -> int:
+    """How many runs in and below the folders have begun and not ended."""
+    begun = {path.parent for folder in folders for path in folder.rglob("metrics.jsonl")}
+    return sum(not (home / "summary.json").is_file() for home in begun)
+
+
+def _load(home: Path, summary: dict[str, Any], name: str) -> Finished:
+    stages = [*sorted(home.glob("stage*")), home]
+    common: dict[str, Any] = {"folder": home, "records": _joined([read(s / "metrics.jsonl") for s in stages])}
+    common |= {"summary": summary, "counts": Counts.load(home / "eval" / COUNTS)}
+    if not (home / LABEL).is_file():
+        model = Path(summary["config"]["model"]["path"])
+        return Finished(method=name, cell=model.name, seed=summary["seed"], **common)
+    label = json.loads((home / LABEL).read_text())
+    base = Counts.load(home / label.pop("base"))
+    return Finished(**label, base=base, **common)
+
+
+def _joined(parts: Sequence[Sequence[Record]]) -> list[Record]:
+    """The records of stages one after the other: a later one's step 0 is the former one's last."""
+    joined: list[Record] = []
+    for records in parts:
+        done = joined[-1]["step"] if joined else 0
+        joined += [
+            record | {"step": record["step"] + done} for record in records if record["step"] or not done
+        ]
+    return joined
+
+
+def _names(configs: Mapping[Path, Mapping[str, Any]]) -> dict[Path, str]:
+    """What tells the configs of unlabelled runs apart, as KEY=VALUE; the algorithm where nothing does."""
+    flat = {home: dict(_leaves(config)) for home, config in configs.items()}
+    keys = sorted({key for one in flat.values() for key in one if key not in PLACE})
+    differing = [key for key in keys if len({str(one.get(key)) for one in flat.values()}) > 1]
+    brief = [key for key in differing if not key.startswith("algorithm.options")]
+    full, short = ({home: _named(one, keys) for home, one in flat.items()} for keys in (differing, brief))
+    # an algorithm's name stands for its options, as long as they are its own
+    return short if len(set(short.values())) == len(set(full.values())) else full
+
+
+def _named(config: Mapping[str, Any], keys: Sequence[str]) -> str:
+    return " ".join(f"{key}={config.get(key)}" for key in keys) or str(config["algorithm.name"])
+
+
+def _leaves(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in node.items():
+        if isinstance(value, Mapping) and value:
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value

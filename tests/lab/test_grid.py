@@ -1,0 +1,115 @@
+"""The grid of a lab: what is equal between methods, what is kept in its folder, what is refused."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from hpt_mega.config import Config, ConfigError, compose
+from hpt_mega.evaluation.config import compose as compose_evaluation
+from hpt_mega.lab.config import LabConfig, keep, read
+from hpt_mega.lab.exercises import draw
+from hpt_mega.lab.grid import Run, base_models, runs
+from hpt_mega.lab.models import tokenizer
+
+
+def configs(run: Run) -> list[Config]:
+    return [compose(job.settings) for job in run.jobs if job.verb == "train"]
+
+
+@pytest.mark.parametrize("name", ["full", "quick"])
+def test_every_method_takes_equal_steps_questions_and_rollouts(name: str, tmp_path: Path) -> None:
+    cfg = read(name)
+    grid = [run for run in runs(cfg, tmp_path, "m") if run.seed == cfg.seeds[0] and "llama_1m" in run.cell]
+    assert {run.method for run in grid} == {"sft", "grpo", "sft_grpo", "luffy", "srft", "hpt"}
+    totals = set()
+    for run in grid:
+        stages = configs(run)
+        steps = sum(stage.trainer.steps for stage in stages)
+        rollouts = sum(
+            stage.trainer.steps * stage.trainer.questions_per_step * stage.rollout.rollouts_per_question
+            for stage in stages
+        )
+        rates = {(s.optimizer.lr, s.optimizer.schedule, s.trainer.updates_per_step) for s in stages}
+        totals.add((steps, rollouts, *rates))
+        assert compose_evaluation(run.jobs[-1].settings).k == cfg.samples
+    assert len(totals) == 1
+    assert totals.pop()[0] == cfg.steps
+
+
+def test_the_stages_of_a_method_follow_each_other_and_ask_different_questions(tmp_path: Path) -> None:
+    (run,) = [run for run in runs(read("full"), tmp_path, "m") if run.name == "sft_grpo llama_1m seed 2"]
+    first, second = configs(run)
+    assert (first.algorithm.name, second.algorithm.name) == ("sft", "grpo")
+    assert second.model.path == f"{first.run_dir}/hf"
+    assert first.seed != second.seed
+    assert Path(second.run_dir) == run.folder == Path(first.run_dir).parent
+
+
+def test_methods_meet_the_same_questions_on_the_same_seed_and_other_ones_on_another(tmp_path: Path) -> None:
+    found: dict[int, set[str]] = {}
+    for run in runs(read("full"), tmp_path, "m"):
+        (seed,) = [setting for setting in run.jobs[0].settings if setting.startswith("seed=")]
+        found.setdefault(run.seed, set()).add(seed)
+    assert all(len(seeds) == 1 for seeds in found.values())
+    assert len(set.union(*found.values())) == len(found) == 5
+
+
+@pytest.mark.parametrize("name", ["full", "quick"])
+def test_the_sets_share_no_question_and_fit_the_limits_of_length(name: str, tmp_path: Path) -> None:
+    cfg = read(name)
+    data, words = cfg.data, tokenizer()
+    sets = draw([data.pretraining, data.training, [*data.heldout, *data.outside]], data.seed)
+    prompts = [exercise.prompt for drawn in sets for exercise in drawn]
+    assert len(set(prompts)) == len(prompts)
+    limits = configs(base_models(cfg, tmp_path)[0])[0].data
+    longest = max((e for drawn in sets for e in drawn), key=lambda exercise: len(exercise.worked))
+    assert len(words(longest.worked).input_ids) < limits.max_demonstration_tokens
+    assert max(map(len, prompts)) <= limits.max_prompt_tokens
+    longest_verified = max(len(words(e.verified).input_ids) for e in sets[1])
+    for run in runs(read("full").ablation("demonstrations"), tmp_path, "m")[:4]:
+        assert longest_verified < configs(run)[0].data.max_demonstration_tokens
+
+
+def test_an_ablation_has_every_variant_on_one_model_and_seeds_of_the_grid(tmp_path: Path) -> None:
+    cfg = read("full")
+    for name, variants in cfg.ablations.items():
+        grid = runs(cfg.ablation(name), tmp_path, name)
+        assert {run.cell for run in grid} == {"llama_1m"}
+        assert [(run.method, run.seed) for run in grid] == [(v, s) for s in cfg.seeds for v in variants]
+        algorithms = {configs(run)[0].algorithm.name for run in grid[: len(variants)]}
+        assert algorithms == {"hpt"} or name == "demonstrations"
+    with pytest.raises(ConfigError, match="no such ablation; known: threshold"):
+        cfg.ablation("gates")
+
+
+def test_a_grid_can_be_done_size_by_size(tmp_path: Path) -> None:
+    cfg = read("full")
+    parts = [{run.folder for run in runs(cfg.only([size]), tmp_path, "m")} for size in ("1m", "5m")]
+    assert not parts[0] & parts[1]
+    assert parts[0] | parts[1] == {run.folder for run in runs(cfg, tmp_path, "m")}
+    with pytest.raises(ConfigError, match="--sizes 7b: not in this lab; known: 1m, 5m"):
+        cfg.only(["7b"])
+
+
+def test_a_folder_refuses_another_lab_s_settings_and_takes_more_seeds(tmp_path: Path) -> None:
+    cfg = read("quick")
+    keep(cfg, tmp_path)
+    keep(replace(cfg, seeds=[*cfg.seeds, 99]), tmp_path)
+    with pytest.raises(ConfigError, match="runs of a lab with other steps"):
+        keep(replace(cfg, steps=cfg.steps + 2), tmp_path)
+
+
+def test_stages_that_do_not_divide_the_steps_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "lab").mkdir()
+    (tmp_path / "lab" / "odd.yaml").write_text(
+        "steps: 7\nmethods: {both: [[algorithm=sft], [algorithm=grpo]]}"
+    )
+    monkeypatch.setattr("hpt_mega.lab.config.conf_dir", lambda: tmp_path)
+    with pytest.raises(ConfigError, match="both has 2 stages that share 7 steps"):
+        read("odd")
+    assert LabConfig().cells == []

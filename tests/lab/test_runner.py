@@ -1,0 +1,120 @@
+"""Runs of a lab are done once, go on after a kill with the same numbers, and end at their deadline."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hpt_mega.config import ConfigError
+from hpt_mega.lab.config import DataSets, LabConfig
+from hpt_mega.lab.exercises import Portion
+from hpt_mega.lab.grid import Job, Run, base_models, prepare, runs
+from hpt_mega.lab.runner import JobError, Worker, execute, lock
+from hpt_mega.telemetry.runs import Counts, find
+
+STEPS = 6
+CFG = LabConfig(
+    seeds=[7],
+    families=["llama"],
+    sizes=["1m"],
+    steps=STEPS,
+    samples=3,
+    data=DataSets(
+        seed=1,
+        pretraining=[Portion("sum", 2, 12)],
+        training=[Portion("sum", 2, 9)],
+        heldout=[Portion("sum", 2, 5)],
+        outside=[Portion("sum", 3, 4)],
+    ),
+    pretraining={"1m": ["trainer.steps=1", "trainer.questions_per_step=4"]},
+    training=["trainer.questions_per_step=3", "trainer.save_every=2", "rollout.rollouts_per_question=2"],
+    methods={"hpt": [["algorithm=hpt"]], "sft_grpo": [["algorithm=sft"], ["algorithm=grpo"]]},
+)
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k != "timing"} for line in lines]
+
+
+def stamps(folder: Path) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+
+
+def kill_when(worker: Worker, file: Path) -> None:
+    for _ in range(1200):
+        if any(file.parent.glob(file.name)):
+            break
+        time.sleep(0.05)
+    assert worker.process is not None
+    worker.process.kill()
+
+
+@pytest.mark.timeout(240)
+def test_a_lab_is_done_once_and_what_a_kill_interrupted_goes_on_with_the_same_numbers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare(CFG, tmp_path)
+    assert execute(base_models(CFG, tmp_path), 1, 120) == []
+    grid = runs(CFG, tmp_path, "whole")
+    assert execute(grid, 1, 120) == []
+    assert [run.is_done for run in grid] == [True, True]
+    hpt, staged = find([tmp_path / "whole"])
+    assert [record["step"] for record in staged.records] == list(range(STEPS + 1))
+    assert staged.records[0]["eval/accuracy"] == hpt.records[0]["eval/accuracy"]
+    assert hpt.outside == ["sum 3"]
+    for run in (hpt, staged):
+        assert isinstance(run.counts, Counts) and isinstance(run.base, Counts)
+        assert (run.counts.samples, len(run.counts.correct), len(run.counts.greedy)) == (3, 9, 9)
+    assert not list((tmp_path / "whole").rglob("*.safetensors"))  # models of finished runs are not kept
+
+    before = stamps(tmp_path)
+    monkeypatch.setattr(Worker, "do", lambda self, job: pytest.fail(f"{job.command} was done again"))
+    assert execute(grid, 1, 120) == []
+    assert stamps(tmp_path) == before
+    monkeypatch.undo()
+
+    job = next(run for run in runs(CFG, tmp_path, "killed") if run.method == "hpt").jobs[0]
+    worker = Worker(120)
+    killer = threading.Thread(target=kill_when, args=(worker, job.run_dir / "checkpoints" / "*4"))
+    killer.start()
+    with pytest.raises(JobError, match=r"its process ended with code -9; see .*lab\.log"):
+        worker.do(job)
+    killer.join()
+    assert not job.is_done
+    worker.do(job)
+    worker.close()
+    assert job.is_done
+    assert metrics(job.run_dir) == metrics(tmp_path / "whole" / "llama_1m" / "hpt" / "7")
+
+
+def test_a_job_that_overruns_its_deadline_is_ended_and_the_others_go_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    jobs = [Job("train", (), tmp_path / name) for name in "ab"]
+    todo = [Run(f"method {job.run_dir.name}", "toy", 1, job.run_dir, (job,)) for job in jobs]
+    failures = execute(todo, 1, 0.2)
+    assert [failure.partition(":")[0] for failure in failures] == [f"method {x} toy seed 1" for x in "ab"]
+    assert all("not done after 0 s" in failure for failure in failures)
+    assert "2/2  method b toy seed 1 FAILED" in capsys.readouterr().out
+
+
+def test_a_failed_job_says_why_and_where_to_read_on(tmp_path: Path) -> None:
+    worker = Worker(120)
+    job = Job("train", ("trainer.stepz=1",), tmp_path / "run")
+    with pytest.raises(JobError, match=r"(?s)did you mean trainer\.steps.*see .*run/logs/lab\.log"):
+        worker.do(job)
+    assert "Traceback" in (tmp_path / "run" / "logs" / "lab.log").read_text()
+    worker.close()
+
+
+def test_two_labs_do_not_share_a_folder(tmp_path: Path) -> None:
+    with lock(tmp_path), pytest.raises(ConfigError, match="another hpt lab works in"), lock(tmp_path):
+        pass
+    with lock(tmp_path):
+        pass

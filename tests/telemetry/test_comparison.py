@@ -1,0 +1,146 @@
+"""The comparison of runs: what is read from their folders, and what stands in its tables."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from hpt_mega.cli import main
+from hpt_mega.config import ConfigError, compose, save
+from hpt_mega.telemetry.comparison import write_comparison
+from hpt_mega.telemetry.records import append
+from hpt_mega.telemetry.runs import COUNTS, LABEL, find, unfinished
+from hpt_mega.telemetry.summary import summarise
+
+STEPS = 20
+
+
+def make(folder: Path, *overrides: str, seed: int = 1, final: float = 0.5, sft: float = 0.5) -> Path:
+    """A finished run of STEPS steps whose accuracy rises to `final` and whose SFT share falls to `sft`."""
+    cfg = compose([*overrides, f"seed={seed}", f"trainer.steps={STEPS}", f"run_dir={folder}"])
+    save(cfg, folder / "config.yaml")
+    records = [
+        {
+            "step": step,
+            "sft_fraction": 1 - (1 - sft) * step / STEPS,
+            "entropy": 0.4,
+            "response_length": 9.0,
+            "tokens_rollout": 10.0,
+            "tokens_trained": 5.0,
+            "policy_version": step,
+            "timing": {"step": 1.0},
+        }
+        for step in range(1, STEPS + 1)
+    ]
+    evaluated = {"eval/accuracy": 0.1, "eval/standard_error": 0.01}
+    records[-1] |= evaluated | {"eval/accuracy": final}
+    append(folder / "metrics.jsonl", {"step": 0, **evaluated}, *records)
+    summarise([{"step": 0, **evaluated}, *records], cfg).save(folder / "summary.json")
+    return folder
+
+
+def label(folder: Path, method: str, cell: str, seed: int, correct: Mapping[str, int]) -> None:
+    """Make it a run of a lab, with four samples to each of four questions; the base solved only "a"."""
+    (folder / "eval").mkdir()
+    kinds = {"a": "sum 2", "b": "sum 2", "c": "sum 3", "d": "sum 9"}
+    greedy = {question: float(count > 2) for question, count in correct.items()}
+    counts = {"samples": 4, "task": kinds, "correct": dict(correct), "greedy": greedy}
+    (folder / "eval" / COUNTS).write_text(json.dumps(counts))
+    base = folder.parent / "base.json"
+    base.write_text(json.dumps(counts | {"correct": {"a": 2, "b": 0, "c": 0, "d": 0}}))
+    names = {"method": method, "cell": cell, "seed": seed, "base": "../base.json", "outside": ["sum 9"]}
+    (folder / LABEL).write_text(json.dumps(names))
+
+
+@pytest.fixture
+def lab(tmp_path: Path) -> Path:
+    for cell in ("small", "large"):
+        for seed, extra in ((1, 0), (2, 1)):
+            for method, solved in (("hpt", 4), ("grpo", 0), ("other", 2)):
+                folder = make(
+                    tmp_path / cell / f"{method}{seed}", f"algorithm={method.replace('other', 'sft')}"
+                )
+                label(folder, method, cell, seed, {"a": 3 + extra, "b": solved, "c": solved, "d": 0})
+    return tmp_path
+
+
+def rows(markdown: str, title: str) -> dict[str, list[str]]:
+    table = markdown.split(f"## {title}\n")[1].split("\n## ")[0]
+    lines = [line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("| ")]
+    return {line[0]: line[1:] for line in lines}
+
+
+def test_the_tables_hold_means_paired_differences_and_never_solved_questions(lab: Path) -> None:
+    write_comparison([lab], lab)
+    markdown = (lab / "comparison.md").read_text()
+    overall = rows(markdown, "Held-out accuracy after training")
+    assert list(overall) == ["method", "hpt", "grpo", "other"]
+    # hpt: (3, 4, 4, 0) and (4, 4, 4, 0) of 16, twice; half of 95 %: 3.182 * 0.03608 / 2 = 5.74 %
+    assert overall["hpt"][:2] == ["71.9 ± 5.7", "95.8 ± 7.7"]
+    assert [overall[method][3] for method in ("hpt", "grpo", "other")] == [
+        "66.7 ± 0.0", "0.0 ± 0.0", "33.3 ± 0.0",
+    ]  # fmt: skip
+    assert overall["grpo"][-2:] == ["+50.0 ± 0.0", "< 0.001"]
+    assert "small 12.5 % (3 of 4 never solved in 4 samples)" in markdown
+    assert rows(markdown, "pass@k")["other"] == ["46.9 ± 5.7", "66.7 ± 0.0", "75.0 ± 0.0"]
+    assert rows(markdown, "By kind of question")["sum 9 (other kind)"] == ["0.0", "0.0", "0.0"]
+    assert rows(markdown, "Course of training")["hpt"][0] == "96.2 → 51.2"
+
+
+def test_means_are_taken_over_models_and_seeds_that_every_method_has(lab: Path) -> None:
+    folder = make(lab / "large" / "hpt3", "algorithm=hpt")
+    label(folder, "hpt", "large", 3, {"a": 0, "b": 0, "c": 0, "d": 0})
+    write_comparison([lab], lab)
+    markdown = (lab / "comparison.md").read_text()
+    assert "1 runs left out that not every method has a partner of" in markdown
+    assert rows(markdown, "Held-out accuracy after training")["hpt"][0] == "71.9 ± 5.7"
+
+
+def test_the_page_is_one_file_with_every_figure_in_it(lab: Path) -> None:
+    page = write_comparison([lab], lab / "report").read_text()
+    assert page.count("<svg") == len(list((lab / "report" / "plots").glob("*.png"))) == 5
+    assert not re.search(r"(?:src|href)=[\"'](?!#)", page)
+    assert "pass@k after training" in page
+
+
+def test_stages_are_one_run_whose_steps_are_counted_through(tmp_path: Path) -> None:
+    home = make(tmp_path / "both", "algorithm=grpo", final=0.6)
+    make(home / "stage0", "algorithm=sft", final=0.3)
+    label(home, "both", "small", 1, {"a": 1, "b": 1, "c": 1, "d": 1})
+    (tmp_path / "begun").mkdir()
+    append(tmp_path / "begun" / "metrics.jsonl", {"step": 0})
+    assert unfinished([tmp_path]) == 1
+    (run,) = find([tmp_path])
+    assert [record["step"] for record in run.records] == list(range(2 * STEPS + 1))
+    evaluated = [record for record in run.records if "eval/accuracy" in record]
+    assert [(r["step"], r["eval/accuracy"]) for r in evaluated] == [(0, 0.1), (STEPS, 0.3), (2 * STEPS, 0.6)]
+
+
+def test_unlabelled_runs_are_named_by_what_tells_them_apart(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, overrides in {"a": ["algorithm=hpt"], "b": ["algorithm=hpt", "optimizer.lr=3e-3"]}.items():
+        for seed in (1, 2):
+            make(tmp_path / name / str(seed), *overrides, seed=seed, final=0.25 * seed)
+    assert main(["report", str(tmp_path / "a"), str(tmp_path / "b")]) == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "comparison.html")
+    overall = rows((tmp_path / "comparison.md").read_text(), "Held-out accuracy after training")
+    assert set(overall) == {"method", "optimizer.lr=2e-05", "optimizer.lr=0.003"}
+    assert overall["optimizer.lr=0.003"][0].startswith("37.5 ± ")
+
+
+def test_algorithms_are_named_without_the_options_that_come_with_them(tmp_path: Path) -> None:
+    for name in ("hpt", "sft"):
+        make(tmp_path / name, f"algorithm={name}")
+    names = {run.method for run in find([tmp_path])}
+    assert all("algorithm.options" not in name for name in names)
+    assert len(names) == 2
+
+
+def test_a_folder_without_finished_runs_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=rf"no finished run .* in {tmp_path}"):
+        write_comparison([tmp_path], tmp_path)
