@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from hpt_mega.config import ConfigError, compose
 from hpt_mega.objective import rows
-from hpt_mega.validation import _divisors, validate
+from hpt_mega.validation import validate
+from hpt_mega.validation.layout import divisors
 
 MakeModel = Callable[..., Path]
 
@@ -173,6 +174,6 @@ def test_an_unfinished_run_is_neither_overwritten_nor_mixed(model_folder: MakeMo
 
 @given(number=st.integers(1, 200), limit=st.integers(1, 200))
 def test_the_offered_numbers_are_the_divisors_up_to_the_limit(number: int, limit: int) -> None:
-    offered = [int(text) for text in _divisors(number, limit).split(", ")]
+    offered = [int(text) for text in divisors(number, limit).split(", ")]
     assert all(number % divisor == 0 and divisor <= limit for divisor in offered)
     assert len(offered) == sum(number % k == 0 for k in range(1, min(number, limit) + 1))
