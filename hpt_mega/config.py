@@ -229,6 +229,9 @@ class TrainerConfig:
     eval_every: int = 0  # 0: only before the first and after the last step
     save_every: int = 10
     keep_checkpoints: int = 2
+    # of the distributed optimizer's state: dp_reshardable loads at another dp and cp; fully_reshardable at
+    # any layout, and every rank holds the whole state while it is saved
+    checkpoint_format: str = "dp_reshardable"
     deterministic: bool = False
     export_hf: bool = True
     deadline_s: float = 600.0  # longest wait for another rank in one phase

@@ -212,7 +212,8 @@ def _patch_optimizer() -> None:
         state = self.optimizer.state[self.optimizer.param_groups[group]["params"][index]]
         if torch.is_tensor(state.get("step")):
             state["step"] = state["step"].clone()  # loaded as one tensor, which every parameter would advance
-            tensors = {"step": state["step"], **tensors}
+            # the one in `tensors`, of dp_reshardable, is that of before the loading
+            tensors = {**tensors, "step": state["step"]}
         return set_states(self, model_param, tensors)
 
     optimizer._set_main_param_and_optimizer_states = set_states_with_step

@@ -67,11 +67,11 @@ class Learner:
 
     def save(self, folder: Path, common: dict[str, Any]) -> None:
         """Write all that learning goes on from; `common` is small plain data."""
-        save_state(folder, self.policy.module, self.optimizer, common, self.layout, self.critic)
+        save_state(folder, self.policy.module, self.optimizer, common, self.layout, self.cfg, self.critic)
 
     def load(self, folder: Path) -> dict[str, Any]:
         """Go on from what `save` wrote; returns its `common`."""
-        return load_state(folder, self.policy.module, self.optimizer, self.layout, self.critic)
+        return load_state(folder, self.policy.module, self.optimizer, self.layout, self.cfg, self.critic)
 
     def _score(self, trajectories: Sequence[Trajectory]) -> list[Trajectory]:
         """The trajectories with the log-probabilities and values that the algorithm needs beforehand."""

@@ -16,6 +16,7 @@ PRECISIONS = ("bf16", "fp32")
 SCHEDULES = ("constant", "cosine", "linear")
 RESUME = ("never", "auto")
 ENGINES = ("megatron", "vllm")
+CHECKPOINT_FORMATS = ("dp_reshardable", "fully_reshardable")
 RECOMPUTE = ("none", "selective", "full")
 
 
@@ -63,6 +64,7 @@ def names(cfg: Config) -> Iterator[str]:
         ("data.reader", cfg.data.reader, READERS),
         ("optimizer.schedule", cfg.optimizer.schedule, SCHEDULES),
         ("resume", cfg.resume, RESUME),
+        ("trainer.checkpoint_format", cfg.trainer.checkpoint_format, CHECKPOINT_FORMATS),
         ("parallel.recompute", cfg.parallel.recompute, RECOMPUTE),
     ):
         if value not in known:
