@@ -40,6 +40,7 @@ def install() -> None:
     _patch_moe()
     _patch_latent_attention()
     _patch_optimizer()
+    _patch_distributed_optimizer()
 
 
 class _Stream:
@@ -189,7 +190,7 @@ def _patch_latent_attention() -> None:
 
 
 def _patch_optimizer() -> None:
-    """Optimizers recognise parameters by the type name torch.cuda.*; loading forgets torch AdamW's step."""
+    """Optimizers recognise parameters by the type name torch.cuda.*."""
     original_type = torch.Tensor.type
 
     def type_name(self: torch.Tensor, dtype: Any = None, **kwargs: Any) -> Any:
@@ -203,6 +204,9 @@ def _patch_optimizer() -> None:
 
     torch.Tensor.type = type_name  # type: ignore[assignment, method-assign]
 
+
+def _patch_distributed_optimizer() -> None:
+    """Its state with torch's AdamW, which has a step a parameter, and no state before the first step."""
     module = importlib.import_module("megatron.core.optimizer.distrib_optimizer")
     optimizer: Any = module.DistributedOptimizer
     set_states = optimizer._set_main_param_and_optimizer_states
@@ -217,3 +221,22 @@ def _patch_optimizer() -> None:
         return set_states(self, model_param, tensors)
 
     optimizer._set_main_param_and_optimizer_states = set_states_with_step
+    state_dict = optimizer.state_dict
+
+    def state_dict_of_any(self: Any) -> Any:
+        """A new process loads before it steps; a rank whose parameters are all frozen never has a state."""
+        inner = self.optimizer
+        for parameter in (parameter for group in inner.param_groups for parameter in group["params"]):
+            if not inner.state[parameter]:
+                moments = {name: torch.zeros_like(parameter.detach()) for name in ("exp_avg", "exp_avg_sq")}
+                inner.state[parameter] = {"step": torch.tensor(0.0), **moments}
+        if inner.state:
+            return state_dict(self)
+        groups = [
+            {**{name: value for name, value in group.items() if name != "params"}, "step": 0.0}
+            for group in inner.param_groups
+        ]
+        scaler = {"grad_scaler": self.grad_scaler.state_dict()} if self.grad_scaler else {}
+        return {"optimizer": {"param_groups": groups}, **scaler}
+
+    optimizer.state_dict = state_dict_of_any
