@@ -391,7 +391,7 @@ def _nearest(given: str, known: list[str]) -> str:
     last = given.rpartition(".")[2]
     same_leaf = [name for name in known if name.rpartition(".")[2] == last]
     close = same_leaf + [
-        name for name in difflib.get_close_matches(given, known, n=2) if name not in same_leaf
+        name for name in difflib.get_close_matches(given, known, n=2, cutoff=0.75) if name not in same_leaf
     ]
     return f"; did you mean {' or '.join(close[:2])}?" if close else ""
 

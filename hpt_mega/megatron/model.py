@@ -12,7 +12,6 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from hpt_mega.config import Fp8Config, ParallelConfig
@@ -126,14 +125,6 @@ class PolicyModel(GPTModel):
             return 0, 0, 1
         group = mixtures[0].experts.tp_group
         return mixtures[0].local_expert_indices[0], group.rank(), group.size()
-
-    def expert_groups(self) -> tuple[dist.ProcessGroup, dist.ProcessGroup] | None:
-        """The groups that share one expert's tensors, and all experts of a layer; None without experts."""
-        for chunk in self.chunks:
-            for layer in chunk.decoder.layers:
-                if isinstance(layer.mlp, MoELayer):
-                    return layer.mlp.experts.tp_group, layer.mlp.experts.ep_group
-        return None
 
     def core_attentions(self) -> list[CoreAttention]:
         return [layer.self_attention.core_attention for layer in self.decoder.layers]
