@@ -50,7 +50,9 @@ def test_the_default_config_and_every_algorithm_are_accepted(model_folder: MakeM
         (("trainer.questions_per_step=64", "data.train_questions=63"), "more than there are"),
         (("rollout.max_new_tokens=8001",), "the model has 8192 positions"),
         (("rollout.engine=vlm",), "rollout.engine is 'vlm', expected megatron"),
-        (("precision.dtype=fp16",), "precision.dtype is 'fp16', expected bf16 or fp32"),
+        (("precision.dtype=fp15",), "precision.dtype is 'fp15', expected bf16 or fp16 or fp32"),
+        (("precision=fp8_tensorwise", "precision.dtype=fp16"), "FP8 goes with bf16 or fp32"),
+        (("precision=fp16", "precision.loss_scale=0.5"), "precision.loss_scale is 0.5, expected 1 or above"),
         (("precision=fp8_delayed", "precision.fp8.recipe=delay"), "'delay', expected delayed or tensorwise"),
         (("precision=fp8_mxfp8", "precision.fp8.format=e5m2"), "'e5m2', expected e4m3 or hybrid"),
         (("precision=fp8_delayed", "precision.fp8.amax_algorithm=mean"), "expected max or most_recent"),
@@ -63,6 +65,7 @@ def test_the_default_config_and_every_algorithm_are_accepted(model_folder: MakeM
         (("rollout.top_p=1.5",), "rollout.top_p is 1.5, expected at most 1"),
         (("optimizer.lr=0",), "optimizer.lr is 0.0, expected above 0"),
         (("optimizer.lr=nan",), "optimizer.lr is nan, expected above 0"),
+        (("trainer.checkpoint_format=dp",), "'dp', expected dp_reshardable or fully_reshardable"),
         (("data.tasks=[]",), "data.tasks is empty"),
         (("data.tasks.0.name=chain_summ",), "'chain_summ', expected one of basic_arithmetic, chain_sum"),
         (("algorithm.stabiliser=clip",), "unknown option"),
@@ -177,3 +180,37 @@ def test_the_offered_numbers_are_the_divisors_up_to_the_limit(number: int, limit
     offered = [int(text) for text in divisors(number, limit).split(", ")]
     assert all(number % divisor == 0 and divisor <= limit for divisor in offered)
     assert len(offered) == sum(number % k == 0 for k in range(1, min(number, limit) + 1))
+
+
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 576,
+    "vocab_size": 1000,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1e4,
+    "num_hidden_layers": 3,
+}
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("frozen=[decoder.layers.3]", "'decoder.layers.3' means no parameter; there are embedding.word_"),
+        ("frozen=['*']", "leaves nothing to train"),
+        ("frozen=[embedding]", ""),
+        ("groups=[{match:experts}]", "groups.0.match='experts' means no parameter that is trained"),
+        ("groups=[{match:'*.mlp'},{match:decoder}]", "groups.1 and optimizer.groups.0 both mean decoder."),
+        ("groups=[{match:decoder,lr_scale:0}]", "lr_scale is 0.0, expected above 0"),
+        ("groups=[{match:decoder,weight_decay:-1}]", "weight_decay is -1.0, expected 0 or above"),
+        ("groups=[{match:'*.mlp',lr_scale:2},{match:'*norm*',weight_decay:0.1}]", ""),
+    ],
+)
+def test_patterns_of_parameters_must_mean_some_and_not_two_things(
+    override: str, expected: str, model_folder: MakeModel, tmp_path: Path
+) -> None:
+    fixed = (f"model.path={model_folder(**LLAMA)}", f"run_dir={tmp_path}/run", "parallel.pp=1")
+    found = problems(*fixed, f"optimizer.{override}")
+    assert expected in found
+    assert bool(found) == bool(expected)
+    frozen = problems(*fixed, "optimizer.frozen=[decoder]", "optimizer.groups=[{match:'*.mlp'}]")
+    assert "means no parameter that is trained" in frozen

@@ -40,7 +40,7 @@ from hpt_mega.resharding.mapping.shape import (  # noqa: E402
     RopeScaling,
 )
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 class PolicyModel(GPTModel):
@@ -60,6 +60,9 @@ class PolicyModel(GPTModel):
     ) -> tuple[Any, ...]:
         if self.pre_process:
             decoder_input = self.embedding(input_ids=input_ids, position_ids=position_ids)
+            # recomputed layers above a frozen embedding would get no gradient
+            if torch.is_grad_enabled() and not decoder_input.requires_grad:
+                decoder_input.requires_grad_()
         if self.config.multi_latent_attention:
             _refuse_other_positions(position_ids)
             return decoder_input, None, None, None, None, None
@@ -175,6 +178,7 @@ def transformer_config(
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype is torch.bfloat16,
+        fp16=dtype is torch.float16,
         variable_seq_lengths=parallel.pp > 1,  # each micro-batch has its own length
         moe_token_dispatcher_type="alltoall",  # the one that allows those varying lengths
         calculate_per_token_loss=True,  # the objective brings its own global denominator

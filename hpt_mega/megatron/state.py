@@ -42,16 +42,20 @@ def save_state(
     critic: Critic | None = None,
 ) -> None:
     """Write this job's state into the existing folder; every rank calls it. `common` is small plain data."""
-    written_as = cfg.trainer.checkpoint_format
+    written_as, frozen = cfg.trainer.checkpoint_format, bool(cfg.optimizer.frozen)
     # For this queue megatron-core would start a process that outlives a killed rank. Saves here are
     # synchronous: what is put into it is taken out by the same process.
     filesystem_async._results_queue = queue.Queue()
     dist_checkpointing.save(
         {
-            **_sharded_state(model, optimizer, critic, written_as, loading=False),
+            **_sharded_state(model, optimizer, critic, written_as, frozen=frozen, loading=False),
             "random": _sharded_random_state(layout),
             "world_size": layout.world_size,
-            "written_as": {"format": written_as, "parallel": asdict(cfg.parallel)},
+            "written_as": {
+                "format": written_as,
+                "parallel": asdict(cfg.parallel),
+                "trained": _trained(cfg),
+            },
             "common": common,
         },
         str(folder),
@@ -74,7 +78,8 @@ def load_state(
     saved = dist_checkpointing.load_common_state_dict(str(folder))
     written_as = saved["written_as"]
     _refuse_other_layout(folder, written_as, cfg)
-    wanted = _sharded_state(model, optimizer, critic, written_as["format"], loading=True)
+    frozen = bool(cfg.optimizer.frozen)
+    wanted = _sharded_state(model, optimizer, critic, written_as["format"], frozen=frozen, loading=True)
     if saved["world_size"] == layout.world_size:
         wanted["random"] = _sharded_random_state(layout)
     state = dist_checkpointing.load(wanted, str(folder))
@@ -92,6 +97,11 @@ def load_state(
 
 def _refuse_other_layout(folder: Path, written_as: dict[str, Any], cfg: Config) -> None:
     """Say before anything is read what megatron-core would find out from a missing key, or not at all."""
+    if written_as["trained"] != _trained(cfg):
+        raise StateError(
+            f"{folder} was written with {written_as['trained']}, which its optimizer's state follows; now "
+            f"there is {_trained(cfg)}: set it as it was"
+        )
     saved, here = written_as["parallel"], asdict(cfg.parallel)
     if saved["distributed_optimizer"] != here["distributed_optimizer"]:
         raise StateError(
@@ -109,6 +119,12 @@ def _refuse_other_layout(folder: Path, written_as: dict[str, Any], cfg: Config) 
         )
 
 
+def _trained(cfg: Config) -> str:
+    """What tells the optimizer's parameters and groups, as text."""
+    groups = [asdict(group) for group in cfg.optimizer.groups]
+    return f"optimizer.frozen={cfg.optimizer.frozen} optimizer.groups={groups}"
+
+
 def _settings(parallel: dict[str, Any], keys: list[str]) -> str:
     return " ".join(f"parallel.{key}={parallel[key]}" for key in keys)
 
@@ -119,13 +135,15 @@ def _sharded_state(
     critic: Critic | None,
     written_as: str,
     *,
+    frozen: bool,
     loading: bool,
 ) -> dict[str, Any]:
     metadata = {"distrib_optim_sharding_type": written_as}
-    weights = _sharded_weights(model)
+    # of frozen layers there are no moments, which leaves holes in tensors that hold all layers
+    moments_of = _sharded_weights(model, by_layer=frozen)
     state = {
-        "model": weights,
-        "optimizer": optimizer.sharded_state_dict(weights, is_loading=loading, metadata=metadata),
+        "model": _sharded_weights(model),
+        "optimizer": optimizer.sharded_state_dict(moments_of, is_loading=loading, metadata=metadata),
     }
     if critic is not None:
         state["critic"] = weights = _sharded_weights(critic.model.module, "critic.")
@@ -135,12 +153,14 @@ def _sharded_state(
     return state
 
 
-def _sharded_weights(model: PolicyModel, prefix: str = "") -> dict[str, Any]:
-    """The tensors of all of this rank's chunks; `prefix` is put before their names in the checkpoint."""
+def _sharded_weights(model: PolicyModel, prefix: str = "", *, by_layer: bool = False) -> dict[str, Any]:
+    """The tensors of all of this rank's chunks; `prefix` is put before their names in the checkpoint, which
+    holds one tensor of all layers or one a layer."""
+    metadata = {"non_homogeneous_layers": True} if by_layer else None
     return {
         f"{number}.{name.removeprefix(prefix)}": tensor
         for number, chunk in enumerate(model.chunks)
-        for name, tensor in chunk.sharded_state_dict(prefix=prefix).items()
+        for name, tensor in chunk.sharded_state_dict(prefix=prefix, metadata=metadata).items()
     }
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hpt_mega.config import Config, ConfigError
-from hpt_mega.validation import data, layout, model, objective, precision, rollout, run, values
+from hpt_mega.validation import data, layout, model, objective, optimizer, precision, rollout, run, values
 from hpt_mega.validation.run import is_unfinished
 
 __all__ = ["contradictions", "is_unfinished", "missing_here", "validate"]
@@ -55,6 +55,7 @@ def contradictions(cfg: Config, shape: Mapping[str, Any]) -> list[str]:
         objective.batch(cfg),
         model.lengths(cfg, shape),
         objective.parts(cfg),
+        optimizer.parameters(cfg, shape),
         rollout.servers(cfg, shape),
     )
     return list(checks)

@@ -21,6 +21,8 @@ def fp8(cfg: Config, shape: Mapping[str, Any]) -> Iterator[str]:
         if fp8 != Fp8Config():
             yield f"{key} has settings and no recipe; choose a precision such as fp8_blockwise"
         return
+    if cfg.precision.dtype == "fp16":
+        yield f"precision.dtype is fp16 and {key}.recipe {fp8.recipe!r}; FP8 goes with bf16 or fp32"
     for name, value, known in (
         ("recipe", fp8.recipe, RECIPES),
         ("format", fp8.format, FORMATS),

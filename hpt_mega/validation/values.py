@@ -12,7 +12,7 @@ from hpt_mega.rewards.function import load_function
 from hpt_mega.rewards.pool import KINDS, is_kind
 from hpt_mega.telemetry.loggers import problems as logger_problems
 
-PRECISIONS = ("bf16", "fp32")
+PRECISIONS = ("bf16", "fp16", "fp32")
 SCHEDULES = ("constant", "cosine", "linear")
 RESUME = ("never", "auto")
 ENGINES = ("megatron", "vllm")
@@ -32,7 +32,7 @@ def numbers(cfg: Config) -> Iterator[str]:
         "rollout.server.start_deadline_s rollout.server.request_deadline_s "
         "optimizer.lr critic.lr critic.clip trainer.steps trainer.updates_per_step "
         "trainer.questions_per_step trainer.tokens_per_microbatch trainer.keep_checkpoints "
-        "trainer.deadline_s"
+        "trainer.deadline_s precision.loss_scale_window"
     )
     at_least_zero = (
         "rollout.rollouts_per_question rollout.temperature rollout.server.probe_bound rollout.staleness "
@@ -50,6 +50,8 @@ def numbers(cfg: Config) -> Iterator[str]:
     for key in ("rollout.top_p", "evaluation.top_p", "optimizer.min_lr_ratio"):
         if (value := attrgetter(key)(cfg)) > 1:
             yield f"{key} is {value}, expected at most 1"
+    if not cfg.precision.loss_scale >= 1:
+        yield f"precision.loss_scale is {cfg.precision.loss_scale}, expected 1 or above"
     for key in ("optimizer.beta1", "optimizer.beta2"):
         if (value := attrgetter(key)(cfg)) >= 1:
             yield f"{key} is {value}, expected below 1"

@@ -135,14 +135,17 @@ class Policy:
         return self._whole({entry.megatron: parameter.detach() for entry, parameter in self.entries()})
 
     def gradients(self) -> dict[str, Tensor]:
-        """Whole gradients of this rank's pipeline stage by HF name."""
+        """Whole gradients of this rank's pipeline stage by HF name; frozen parameters have none."""
         if self.cfg.parallel.distributed_optimizer:
             self._gather_gradient_shards()
-        return self._whole({entry.megatron: parameter.main_grad for entry, parameter in self.entries()})
+        trained = [(entry, parameter) for entry, parameter in self.entries() if parameter.requires_grad]
+        return self._whole({entry.megatron: parameter.main_grad for entry, parameter in trained})
 
     def set_gradients(self, seed: int) -> None:
         """A gradient that follows from seed and HF name alone, whatever the layout."""
         for entry, parameter in self.entries():
+            if not parameter.requires_grad:
+                continue
             whole = self._whole({entry.megatron: parameter.detach()})
             drawn = [given_gradient(name, tensor.shape, seed) for name, tensor in whole.items()]
             place = (0, 1) if entry.expert is not None else (self.layout.tp_rank, self.layout.tp_size)
