@@ -112,10 +112,11 @@ def test_resuming_delayed_scaling_on_a_gpu_asks_for_trust_in_the_checkpoint(
     [
         (("parallel.ep=3", "parallel.dp=3"), "parallel.ep is 3 and the model has 8 experts"),
         (("parallel.ep=4", "parallel.dp=2"), "parallel.ep x etp is 4 x 1 = 4 and its ranks"),
+        (("parallel.etp=5", "parallel.dp=5"), "parallel.etp is 5 and an expert has 1536 rows"),
         (("parallel.tp=3",), "together with parallel.sequence_parallel=true"),
         (
             ("parallel.ep=2", "parallel.dp=2", "parallel.vpp=3"),
-            "would meet in different layers; set one of the two to 1",
+            "would meet in different layers; set vpp to 1",
         ),
     ],
 )

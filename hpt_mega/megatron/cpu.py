@@ -38,6 +38,7 @@ def install() -> None:
     _patch_random_state()
     _patch_norm_under_sequence_parallel()
     _patch_moe()
+    _patch_unequal_parts()
     _patch_latent_attention()
     _patch_optimizer()
     _patch_distributed_optimizer()
@@ -180,6 +181,31 @@ def _patch_moe() -> None:
         return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
     moe_utils.maybe_move_tensor_to_cpu = dispatcher.maybe_move_tensor_to_cpu = to_host
+
+
+def _patch_unequal_parts() -> None:
+    """Gloo gathers and scatters equal parts only; the ranks of an expert have different numbers of tokens."""
+    mappings: Any = importlib.import_module("megatron.core.tensor_parallel.mappings")
+    gather, scatter = mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim
+
+    def gather_any(part: Any, group: Any, sizes: Any = None, use_global_buffer: bool = False) -> Any:
+        if sizes is None or group.size() == 1:
+            return gather(part, group, None, use_global_buffer)
+        padded = part.new_zeros(max(sizes), *part.shape[1:])
+        padded[: len(part)] = part
+        parts = [torch.empty_like(padded) for _ in sizes]
+        torch.distributed.all_gather(parts, padded, group=group)
+        return torch.cat([whole[:size] for whole, size in zip(parts, sizes, strict=True)])
+
+    def scatter_any(whole: Any, group: Any, sizes: Any = None, use_global_buffer: bool = False) -> Any:
+        if sizes is None or group.size() == 1:
+            return scatter(whole, group, None, use_global_buffer)
+        total = whole.clone(memory_format=torch.contiguous_format)
+        torch.distributed.all_reduce(total, group=group)
+        return total.split(list(sizes))[group.rank()].clone()
+
+    mappings._gather_along_first_dim = gather_any
+    mappings._reduce_scatter_along_first_dim = scatter_any
 
 
 def _patch_latent_attention() -> None:

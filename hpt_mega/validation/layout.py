@@ -79,12 +79,14 @@ def experts(cfg: Config, shape: Mapping[str, Any]) -> Iterator[str]:
             f"the model has experts and parallel.tp is {parallel.tp}; megatron-core trains them with tensor "
             "parallelism only together with parallel.sequence_parallel=true"
         )
-    if parallel.etp > 1 and not torch.cuda.is_available():
-        yield f"parallel.etp is {parallel.etp}; over gloo the experts' exchange works with etp=1 only"
-    if cfg.rollout.engine == "megatron" and parallel.ep > 1 and parallel.vpp > 1:
+    rows = shape.get("moe_intermediate_size") or shape.get("intermediate_size") or 0
+    if rows % parallel.etp:
+        fitting = divisors(rows, ranks)
+        yield f"parallel.etp is {parallel.etp} and an expert has {rows} rows; expected one of {fitting}"
+    if cfg.rollout.engine == "megatron" and wanted > 1 and parallel.vpp > 1:
         yield (
-            f"rollout.engine=megatron cannot decode with parallel.ep={parallel.ep} and vpp={parallel.vpp}: "
-            "the replicas that share experts would meet in different layers; set one of the two to 1"
+            f"rollout.engine=megatron cannot decode with parallel.vpp={parallel.vpp} where the experts have "
+            f"parallel.ep x etp = {wanted} ranks: these would meet in different layers; set vpp to 1, or both"
         )
 
 

@@ -50,7 +50,7 @@ def fp16(layout: str) -> Config:
 
 
 def step(policy: Any, number: int) -> dict[str, Any]:
-    """An update on the given gradients, as a scaled loss leaves them; in bad steps one rank's has an infinity.
+    """An update on the given gradients, as a scaled loss leaves them; in bad steps one has an infinity.
 
     In a mixture only an expert's gradient is bad, which the dense weights' part does not see.
     """

@@ -31,6 +31,7 @@ LAYOUTS = {
     "any dp2": ParallelConfig(1, 1, 2, distributed_optimizer=True),
     "any tp2": ParallelConfig(2, 1, 1, distributed_optimizer=True),
     "ep2": ParallelConfig(1, 1, 2, ep=2),
+    "etp2": ParallelConfig(1, 1, 2, etp=2),
     "ep2sharded": ParallelConfig(1, 1, 2, ep=2, distributed_optimizer=True),
 }
 ANY = "any "  # saved as fully_reshardable, otherwise as dp_reshardable
@@ -67,6 +68,8 @@ MOVES_OF_EXPERTS = [
     ("ep2", "ep2"),
     ("ep2", "tp1"),
     ("tp1", "ep2"),
+    ("ep2", "etp2"),
+    ("etp2", "tp1"),
     ("ep2sharded", "ep2sharded"),
 ]
 VARIANTS = {"fp32 untied": MOVES, "bf16 tied": MOVES, "fp32 experts": MOVES_OF_EXPERTS}
