@@ -223,6 +223,8 @@ class OptimizerConfig:
     beta1: float = 0.9
     beta2: float = 0.95
     clip_grad: float = 1.0
+    # share of Adam's state and work that a GPU leaves to the CPU: handed to megatron-core, never run here
+    cpu_offload: float = 0.0
     # parameters of the policy that stay as they are: Megatron's names, with layers counted over the whole
     # model, or modules, either with wildcards: [embedding, "decoder.layers.?"]
     frozen: list[str] = field(default_factory=list)

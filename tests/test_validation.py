@@ -65,6 +65,12 @@ def test_the_default_config_and_every_algorithm_are_accepted(model_folder: MakeM
         (("rollout.top_p=1.5",), "rollout.top_p is 1.5, expected at most 1"),
         (("optimizer.lr=0",), "optimizer.lr is 0.0, expected above 0"),
         (("optimizer.lr=nan",), "optimizer.lr is nan, expected above 0"),
+        (("optimizer.cpu_offload=1.5",), "optimizer.cpu_offload is 1.5, expected 0 to 1"),
+        pytest.param(
+            ("optimizer.cpu_offload=0.5",),
+            "optimizer.cpu_offload is 0.5 and there is no GPU",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+        ),
         (("trainer.checkpoint_format=dp",), "'dp', expected dp_reshardable or fully_reshardable"),
         (("data.tasks=[]",), "data.tasks is empty"),
         (("data.tasks.0.name=chain_summ",), "'chain_summ', expected one of basic_arithmetic, chain_sum"),

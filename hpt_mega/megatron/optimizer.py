@@ -110,6 +110,10 @@ def build_optimizer(model: DataParallel, cfg: Config) -> MegatronOptimizer:
         initial_loss_scale=cfg.precision.loss_scale,
         loss_scale_window=cfg.precision.loss_scale_window,
         hysteresis=1,
+        optimizer_cpu_offload=cfg.optimizer.cpu_offload > 0,
+        optimizer_offload_fraction=cfg.optimizer.cpu_offload,
+        # or megatron-core would put other parameters in place of those that it has dealt out over the devices
+        use_precision_aware_optimizer=cfg.optimizer.cpu_offload > 0,
         params_dtype=model.module.config.params_dtype,
         use_distributed_optimizer=cfg.parallel.distributed_optimizer,
         fp8_recipe=cfg.precision.fp8.recipe if gathers_fp8(cfg.precision.fp8) else None,

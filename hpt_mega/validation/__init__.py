@@ -56,6 +56,7 @@ def contradictions(cfg: Config, shape: Mapping[str, Any]) -> list[str]:
         model.lengths(cfg, shape),
         objective.parts(cfg),
         optimizer.parameters(cfg, shape),
+        optimizer.offload(cfg),
         rollout.servers(cfg, shape),
     )
     return list(checks)

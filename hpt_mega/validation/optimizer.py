@@ -1,4 +1,4 @@
-"""Which parameters the optimizer freezes or groups: patterns that mean something, and not two things."""
+"""The optimizer: patterns of parameters that mean something, and not two things; what is left to the CPU."""
 
 from __future__ import annotations
 
@@ -10,6 +10,25 @@ import torch
 from hpt_mega.config import Config, ParameterGroup
 from hpt_mega.megatron.groups import is_frozen, matches
 from hpt_mega.resharding.mapping import MappingError, family_for
+
+
+def offload(cfg: Config) -> Iterator[str]:
+    """Whether a part of the optimizer can be left to the CPU."""
+    share = cfg.optimizer.cpu_offload
+    if not 0 <= share <= 1:
+        yield f"optimizer.cpu_offload is {share}, expected 0 to 1"
+    elif share and not torch.cuda.is_available():
+        yield f"optimizer.cpu_offload is {share} and there is no GPU, so that all is on the CPU; set 0"
+    elif share and cfg.precision.dtype == "fp32":
+        yield (
+            f"optimizer.cpu_offload is {share} and precision fp32, whose weights megatron-core cannot offload; "
+            "set precision=bf16"
+        )
+    elif share and not cfg.parallel.distributed_optimizer:
+        yield (
+            f"optimizer.cpu_offload is {share}, which megatron-core has in its distributed optimizer only; "
+            "set parallel.distributed_optimizer=true"
+        )
 
 
 def parameters(cfg: Config, shape: Mapping[str, Any]) -> Iterator[str]:

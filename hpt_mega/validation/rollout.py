@@ -31,8 +31,8 @@ def servers(cfg: Config, shape: Mapping[str, Any]) -> Iterator[str]:
         return
     if (ranks := cfg.parallel.ep * cfg.parallel.etp) > 1:
         yield (
-            f"parallel.ep x etp is {ranks} and rollout.engine {rollout.engine}: a server is brought the weights "
-            "of one replica, which lacks the others' experts; set both to 1, or rollout=megatron"
+            f"parallel.ep x etp is {ranks} and rollout.engine {rollout.engine}: a server is brought the "
+            "weights of one replica, which lacks the others' experts; set both to 1, or rollout=megatron"
         )
     if rollout.temperature not in (0.0, 1.0) and rollout.top_p < 1:
         yield (
