@@ -15,12 +15,12 @@ import resource
 import tempfile
 from multiprocessing import current_process
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from hpt_mega.config import Config, ParallelConfig, PrecisionConfig
 from hpt_mega.trajectory import Source, Trajectory
+from hpt_mega.validation.values import CHECKPOINT_FORMATS
 from tests.ranks import run_ranks
 
 LLAMA = {
@@ -62,9 +62,7 @@ class Peak:
         self.above = resident("VmHWM") - self.before
 
 
-def measure(
-    parallel: ParallelConfig, lengths: tuple[int, ...], save: dict[str, Any] | None, folder: Path
-) -> dict[str, float]:
+def measure(parallel: ParallelConfig, lengths: tuple[int, ...], save: str, folder: Path) -> dict[str, float]:
     """Peaks of the second step and of a save, and the optimizer's bytes, on this rank."""
     from hpt_mega.data.packing import collate
     from hpt_mega.megatron import runtime, state
@@ -99,29 +97,17 @@ def measure(
     parts = getattr(optimizer, "chained_optimizers", [optimizer])
     states = [s for part in parts for s in part.optimizer.state.values()]
     found["state"] = sum(t.numel() * 4 for s in states for t in s.values() if torch.is_tensor(t)) / 2**20
-    if save is not None:
-        state._OPTIMIZER_LAYOUT = save
+    if save:
+        cfg.trainer.checkpoint_format = save
         with Peak() as saving:
-            state.save_state(folder, model, optimizer, {}, layout)
+            state.save_state(folder, model, optimizer, {}, layout, cfg)
         found["save"] = saving.above
         found["child"] = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
     runtime.shutdown()
     return found
 
 
-SAVES = {
-    "fully_reshardable": {"distrib_optim_sharding_type": "fully_reshardable"},
-    "fully_reshardable, memory efficient": {
-        "distrib_optim_sharding_type": "fully_reshardable",
-        "distrib_optim_fully_reshardable_mem_efficient": True,
-    },
-    "dp_reshardable": {"distrib_optim_sharding_type": "dp_reshardable"},
-}
-
-
-def job(
-    parallel: ParallelConfig, lengths: tuple[int, ...], save: dict[str, Any] | None = None
-) -> list[dict[str, float]]:
+def job(parallel: ParallelConfig, lengths: tuple[int, ...], save: str = "") -> list[dict[str, float]]:
     with tempfile.TemporaryDirectory() as results, tempfile.TemporaryDirectory() as folder:
         return run_ranks(measure, parallel.world_size, Path(results), parallel, lengths, save, Path(folder))
 
@@ -144,9 +130,8 @@ def optimizer_table() -> list[str]:
         "|---|---|---|---|---|---|",
     ]
     for dp in (2, 4):
-        rows: list[tuple[str, bool, dict[str, Any] | None]] = [("no", False, {})]
-        saves = list(SAVES.items())
-        rows += [(f"yes; {name}", True, save) for name, save in (saves if dp == 2 else saves[-1:])]
+        rows = [("no", False, "dp_reshardable")]
+        rows += [(f"yes; {save}", True, save) for save in CHECKPOINT_FORMATS]
         for name, sharded, save in rows:
             parallel = ParallelConfig(pp=1, dp=dp, distributed_optimizer=sharded)
             ranks = job(parallel, (60, 40), save)

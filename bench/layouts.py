@@ -128,7 +128,7 @@ def largest(given: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
 
 
 def sizes(case: Case) -> str:
-    words = [f"{name}{getattr(case, name)}" for name in ("tp", "cp", "pp", "vpp", "ep", "dp")]
+    words = [f"{name}{getattr(case, name)}" for name in ("tp", "cp", "pp", "vpp", "ep", "etp", "dp")]
     return " ".join(word for word in words if not word.endswith("1")) or "one process"
 
 

@@ -82,7 +82,11 @@ class Fp8Config:
 
 @dataclass
 class PrecisionConfig:
-    dtype: str = "bf16"  # bf16 | fp32
+    dtype: str = "bf16"  # bf16 | fp16 | fp32
+    # fp16: the loss is multiplied by this at first; by half of it after a gradient that is not finite, whose
+    # step is skipped, and by twice of it after so many steps without one
+    loss_scale: float = 65536.0
+    loss_scale_window: int = 1000
     fp8: Fp8Config = field(default_factory=Fp8Config)
 
 
@@ -173,7 +177,7 @@ class ServerConfig:
     kv_cache_gib: int = 1  # on CPU
     gpu_memory_share: float = 0.5  # on GPU: of its memory, for weights and KV cache
     bucket_mib: int = 64  # new weights travel in buckets of this size, two at a time
-    # mean |log-probability by engine - by trainer| on known texts after an update; 0: 0.15, in fp32 1e-3
+    # mean |log-probability by engine - by trainer| on known texts after an update; 0: the dtype's
     probe_bound: float = 0.0
     start_deadline_s: float = 300.0
     request_deadline_s: float = 600.0
@@ -201,6 +205,15 @@ class EvaluationConfig:
 
 
 @dataclass
+class ParameterGroup:
+    """Parameters of the policy that learn otherwise than the others."""
+
+    match: str  # a pattern as in optimizer.frozen
+    lr_scale: float = 1.0  # times the learning rate of each step
+    weight_decay: float | None = None  # of all it matches; null: optimizer.weight_decay, on matrices only
+
+
+@dataclass
 class OptimizerConfig:
     lr: float = 2e-5
     warmup_steps: int = 2
@@ -210,6 +223,12 @@ class OptimizerConfig:
     beta1: float = 0.9
     beta2: float = 0.95
     clip_grad: float = 1.0
+    # share of Adam's state and work that a GPU leaves to the CPU: handed to megatron-core, never run here
+    cpu_offload: float = 0.0
+    # parameters of the policy that stay as they are: Megatron's names, with layers counted over the whole
+    # model, or modules, either with wildcards: [embedding, "decoder.layers.?"]
+    frozen: list[str] = field(default_factory=list)
+    groups: list[ParameterGroup] = field(default_factory=list)
 
 
 @dataclass
@@ -229,6 +248,9 @@ class TrainerConfig:
     eval_every: int = 0  # 0: only before the first and after the last step
     save_every: int = 10
     keep_checkpoints: int = 2
+    # of the distributed optimizer's state: dp_reshardable loads at another dp and cp; fully_reshardable at
+    # any layout, and every rank holds the whole state while it is saved
+    checkpoint_format: str = "dp_reshardable"
     deterministic: bool = False
     export_hf: bool = True
     deadline_s: float = 600.0  # longest wait for another rank in one phase
@@ -389,7 +411,7 @@ def _nearest(given: str, known: list[str]) -> str:
     last = given.rpartition(".")[2]
     same_leaf = [name for name in known if name.rpartition(".")[2] == last]
     close = same_leaf + [
-        name for name in difflib.get_close_matches(given, known, n=2) if name not in same_leaf
+        name for name in difflib.get_close_matches(given, known, n=2, cutoff=0.75) if name not in same_leaf
     ]
     return f"; did you mean {' or '.join(close[:2])}?" if close else ""
 

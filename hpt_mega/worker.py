@@ -49,7 +49,7 @@ from hpt_mega.trainer import Trainer  # noqa: E402
 from hpt_mega.trajectory import Question, Source, Trajectory  # noqa: E402
 
 PROBE_TEXTS = 2  # demonstrations that trainer and servers both score after every update
-PROBE_BOUND = {"bf16": 0.15, "fp32": 1e-3}  # mean gap of their log-probabilities
+PROBE_BOUND = {"bf16": 0.15, "fp16": 0.05, "fp32": 1e-3}  # mean gap of their log-probabilities
 
 
 def main(config_path: str) -> int:

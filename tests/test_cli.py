@@ -36,7 +36,7 @@ def test_a_refused_config_starts_nothing_and_leaves_nothing(
 def test_a_misspelt_key_is_an_error_of_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "experiment=demo", "trainer.step=3"]) == CONFIG_ERROR
     captured = capsys.readouterr().err
-    assert captured.startswith("error: unknown key trainer.step; did you mean trainer.steps")
+    assert captured.startswith("error: unknown key trainer.step; did you mean trainer.steps?")
     assert captured.count("\n") == 1
 
 

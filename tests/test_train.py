@@ -133,7 +133,8 @@ def exported_equals_checkpoint(run_dir: Path) -> list[str]:
     shape = family.read_shape(exported.config)
     model = build_model(shape, cfg.parallel, layout, torch.bfloat16)
     wrapped = wrap_data_parallel(model, cfg)
-    load_state(run_dir / "checkpoints" / f"step_{STEPS:06d}", model, build_optimizer(wrapped, cfg), layout)
+    last = run_dir / "checkpoints" / f"step_{STEPS:06d}"
+    load_state(last, model, build_optimizer(wrapped, cfg), layout, cfg)
     different = []
     for entry, parameter in own_entries(model, family, shape):
         part = entry.fusion.shard([exported.tensor(name) for name in entry.hf], shape, 0, 1)

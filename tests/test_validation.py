@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from hpt_mega.config import ConfigError, compose
 from hpt_mega.objective import rows
-from hpt_mega.validation import _divisors, validate
+from hpt_mega.validation import validate
+from hpt_mega.validation.layout import divisors
 
 MakeModel = Callable[..., Path]
 
@@ -49,7 +50,9 @@ def test_the_default_config_and_every_algorithm_are_accepted(model_folder: MakeM
         (("trainer.questions_per_step=64", "data.train_questions=63"), "more than there are"),
         (("rollout.max_new_tokens=8001",), "the model has 8192 positions"),
         (("rollout.engine=vlm",), "rollout.engine is 'vlm', expected megatron"),
-        (("precision.dtype=fp16",), "precision.dtype is 'fp16', expected bf16 or fp32"),
+        (("precision.dtype=fp15",), "precision.dtype is 'fp15', expected bf16 or fp16 or fp32"),
+        (("precision=fp8_tensorwise", "precision.dtype=fp16"), "FP8 goes with bf16 or fp32"),
+        (("precision=fp16", "precision.loss_scale=0.5"), "precision.loss_scale is 0.5, expected 1 or above"),
         (("precision=fp8_delayed", "precision.fp8.recipe=delay"), "'delay', expected delayed or tensorwise"),
         (("precision=fp8_mxfp8", "precision.fp8.format=e5m2"), "'e5m2', expected e4m3 or hybrid"),
         (("precision=fp8_delayed", "precision.fp8.amax_algorithm=mean"), "expected max or most_recent"),
@@ -62,6 +65,13 @@ def test_the_default_config_and_every_algorithm_are_accepted(model_folder: MakeM
         (("rollout.top_p=1.5",), "rollout.top_p is 1.5, expected at most 1"),
         (("optimizer.lr=0",), "optimizer.lr is 0.0, expected above 0"),
         (("optimizer.lr=nan",), "optimizer.lr is nan, expected above 0"),
+        (("optimizer.cpu_offload=1.5",), "optimizer.cpu_offload is 1.5, expected 0 to 1"),
+        pytest.param(
+            ("optimizer.cpu_offload=0.5",),
+            "optimizer.cpu_offload is 0.5 and there is no GPU",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+        ),
+        (("trainer.checkpoint_format=dp",), "'dp', expected dp_reshardable or fully_reshardable"),
         (("data.tasks=[]",), "data.tasks is empty"),
         (("data.tasks.0.name=chain_summ",), "'chain_summ', expected one of basic_arithmetic, chain_sum"),
         (("algorithm.stabiliser=clip",), "unknown option"),
@@ -108,10 +118,11 @@ def test_resuming_delayed_scaling_on_a_gpu_asks_for_trust_in_the_checkpoint(
     [
         (("parallel.ep=3", "parallel.dp=3"), "parallel.ep is 3 and the model has 8 experts"),
         (("parallel.ep=4", "parallel.dp=2"), "parallel.ep x etp is 4 x 1 = 4 and its ranks"),
+        (("parallel.etp=5", "parallel.dp=5"), "parallel.etp is 5 and an expert has 1536 rows"),
         (("parallel.tp=3",), "together with parallel.sequence_parallel=true"),
         (
             ("parallel.ep=2", "parallel.dp=2", "parallel.vpp=3"),
-            "would meet in different layers; set one of the two to 1",
+            "would meet in different layers; set vpp to 1",
         ),
     ],
 )
@@ -173,6 +184,40 @@ def test_an_unfinished_run_is_neither_overwritten_nor_mixed(model_folder: MakeMo
 
 @given(number=st.integers(1, 200), limit=st.integers(1, 200))
 def test_the_offered_numbers_are_the_divisors_up_to_the_limit(number: int, limit: int) -> None:
-    offered = [int(text) for text in _divisors(number, limit).split(", ")]
+    offered = [int(text) for text in divisors(number, limit).split(", ")]
     assert all(number % divisor == 0 and divisor <= limit for divisor in offered)
     assert len(offered) == sum(number % k == 0 for k in range(1, min(number, limit) + 1))
+
+
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 576,
+    "vocab_size": 1000,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1e4,
+    "num_hidden_layers": 3,
+}
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("frozen=[decoder.layers.3]", "'decoder.layers.3' means no parameter; there are embedding.word_"),
+        ("frozen=['*']", "leaves nothing to train"),
+        ("frozen=[embedding]", ""),
+        ("groups=[{match:experts}]", "groups.0.match='experts' means no parameter that is trained"),
+        ("groups=[{match:'*.mlp'},{match:decoder}]", "groups.1 and optimizer.groups.0 both mean decoder."),
+        ("groups=[{match:decoder,lr_scale:0}]", "lr_scale is 0.0, expected above 0"),
+        ("groups=[{match:decoder,weight_decay:-1}]", "weight_decay is -1.0, expected 0 or above"),
+        ("groups=[{match:'*.mlp',lr_scale:2},{match:'*norm*',weight_decay:0.1}]", ""),
+    ],
+)
+def test_patterns_of_parameters_must_mean_some_and_not_two_things(
+    override: str, expected: str, model_folder: MakeModel, tmp_path: Path
+) -> None:
+    fixed = (f"model.path={model_folder(**LLAMA)}", f"run_dir={tmp_path}/run", "parallel.pp=1")
+    found = problems(*fixed, f"optimizer.{override}")
+    assert expected in found
+    assert bool(found) == bool(expected)
+    frozen = problems(*fixed, "optimizer.frozen=[decoder]", "optimizer.groups=[{match:'*.mlp'}]")
+    assert "means no parameter that is trained" in frozen

@@ -38,8 +38,10 @@ def install() -> None:
     _patch_random_state()
     _patch_norm_under_sequence_parallel()
     _patch_moe()
+    _patch_unequal_parts()
     _patch_latent_attention()
     _patch_optimizer()
+    _patch_distributed_optimizer()
 
 
 class _Stream:
@@ -181,6 +183,31 @@ def _patch_moe() -> None:
     moe_utils.maybe_move_tensor_to_cpu = dispatcher.maybe_move_tensor_to_cpu = to_host
 
 
+def _patch_unequal_parts() -> None:
+    """Gloo gathers and scatters equal parts only; the ranks of an expert have different numbers of tokens."""
+    mappings: Any = importlib.import_module("megatron.core.tensor_parallel.mappings")
+    gather, scatter = mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim
+
+    def gather_any(part: Any, group: Any, sizes: Any = None, use_global_buffer: bool = False) -> Any:
+        if sizes is None or group.size() == 1:
+            return gather(part, group, None, use_global_buffer)
+        padded = part.new_zeros(max(sizes), *part.shape[1:])
+        padded[: len(part)] = part
+        parts = [torch.empty_like(padded) for _ in sizes]
+        torch.distributed.all_gather(parts, padded, group=group)
+        return torch.cat([whole[:size] for whole, size in zip(parts, sizes, strict=True)])
+
+    def scatter_any(whole: Any, group: Any, sizes: Any = None, use_global_buffer: bool = False) -> Any:
+        if sizes is None or group.size() == 1:
+            return scatter(whole, group, None, use_global_buffer)
+        total = whole.clone(memory_format=torch.contiguous_format)
+        torch.distributed.all_reduce(total, group=group)
+        return total.split(list(sizes))[group.rank()].clone()
+
+    mappings._gather_along_first_dim = gather_any
+    mappings._reduce_scatter_along_first_dim = scatter_any
+
+
 def _patch_latent_attention() -> None:
     """It takes TE for installed wherever megatron-core's own wrappers, then mocks, can be imported."""
     module: Any = importlib.import_module("megatron.core.transformer.multi_latent_attention")
@@ -189,7 +216,7 @@ def _patch_latent_attention() -> None:
 
 
 def _patch_optimizer() -> None:
-    """Optimizers recognise parameters by the type name torch.cuda.*; loading forgets torch AdamW's step."""
+    """Optimizers recognise parameters by the type name torch.cuda.*."""
     original_type = torch.Tensor.type
 
     def type_name(self: torch.Tensor, dtype: Any = None, **kwargs: Any) -> Any:
@@ -203,6 +230,9 @@ def _patch_optimizer() -> None:
 
     torch.Tensor.type = type_name  # type: ignore[assignment, method-assign]
 
+
+def _patch_distributed_optimizer() -> None:
+    """Its state with torch's AdamW, which has a step a parameter, and no state before the first step."""
     module = importlib.import_module("megatron.core.optimizer.distrib_optimizer")
     optimizer: Any = module.DistributedOptimizer
     set_states = optimizer._set_main_param_and_optimizer_states
@@ -212,7 +242,27 @@ def _patch_optimizer() -> None:
         state = self.optimizer.state[self.optimizer.param_groups[group]["params"][index]]
         if torch.is_tensor(state.get("step")):
             state["step"] = state["step"].clone()  # loaded as one tensor, which every parameter would advance
-            tensors = {"step": state["step"], **tensors}
+            # the one in `tensors`, of dp_reshardable, is that of before the loading
+            tensors = {**tensors, "step": state["step"]}
         return set_states(self, model_param, tensors)
 
     optimizer._set_main_param_and_optimizer_states = set_states_with_step
+    state_dict = optimizer.state_dict
+
+    def state_dict_of_any(self: Any) -> Any:
+        """A new process loads before it steps; a rank whose parameters are all frozen never has a state."""
+        inner = self.optimizer
+        for parameter in (parameter for group in inner.param_groups for parameter in group["params"]):
+            if not inner.state[parameter]:
+                moments = {name: torch.zeros_like(parameter.detach()) for name in ("exp_avg", "exp_avg_sq")}
+                inner.state[parameter] = {"step": torch.tensor(0.0), **moments}
+        if inner.state:
+            return state_dict(self)
+        groups = [
+            {**{name: value for name, value in group.items() if name != "params"}, "step": 0.0}
+            for group in inner.param_groups
+        ]
+        scaler = {"grad_scaler": self.grad_scaler.state_dict()} if self.grad_scaler else {}
+        return {"optimizer": {"param_groups": groups}, **scaler}
+
+    optimizer.state_dict = state_dict_of_any

@@ -26,7 +26,7 @@ from hpt_mega.megatron.optimizer import (
     zero_gradients,
 )
 from hpt_mega.megatron.runtime import Layout
-from hpt_mega.megatron.step import Metrics, forward_backward, score, update
+from hpt_mega.megatron.step import Metrics, describe_update, forward_backward, score, update
 from hpt_mega.objective import Estimator, TokenBatch
 from hpt_mega.objective.value import gae, value_loss
 
@@ -65,7 +65,8 @@ class Critic:
         set_learning_rate(self.optimizer, self.lr)
         loss = partial(_value_loss, estimator=estimator, clip=self.clip, denominator=max(1.0, tokens))
         sums = forward_backward(self.model, microbatches, loss, self.layout)
-        return {"value_loss": sums["sum/value_loss"], "value_grad_norm": update(self.optimizer)}
+        done = describe_update(self.optimizer, update(self.optimizer), "value_")
+        return {"value_loss": sums["sum/value_loss"]} | done
 
 
 def build_critic(model: PolicyModel, policy: PolicyModel, cfg: Config, layout: Layout) -> Critic:
@@ -76,7 +77,8 @@ def build_critic(model: PolicyModel, policy: PolicyModel, cfg: Config, layout: L
             for name, weight in source.named_parameters():
                 if not name.startswith("output_layer."):
                     mine[name].copy_(weight)
-    settings = replace(cfg, optimizer=replace(cfg.optimizer, lr=cfg.critic.lr))
+    whole = replace(cfg.optimizer, lr=cfg.critic.lr, frozen=[], groups=[])
+    settings = replace(cfg, optimizer=whole)
     wrapped = wrap_data_parallel(model, settings)
     return Critic(wrapped, build_optimizer(wrapped, settings), cfg.critic.lr, cfg.critic.clip, layout)
 

@@ -30,7 +30,7 @@ from hpt_mega.megatron.optimizer import (
 from hpt_mega.megatron.precision import tokens_multiple
 from hpt_mega.megatron.runtime import Layout
 from hpt_mega.megatron.state import load_state, save_state
-from hpt_mega.megatron.step import Metrics, Objective, forward_backward, score, update
+from hpt_mega.megatron.step import Metrics, Objective, describe_update, forward_backward, score, update
 from hpt_mega.objective import Estimator, TokenBatch
 from hpt_mega.trajectory import Trajectory
 
@@ -59,7 +59,8 @@ class Learner:
         updates = [self._update(part, rate) for part in self._parts(scored)]
         names = dict.fromkeys(name for one in updates for name in one)
         means = {name: statistics.fmean(one[name] for one in updates if name in one) for name in names}
-        return means | {"tokens_trained": sum(one["tokens_trained"] for one in updates), "lr": rate}
+        counted = [name for name in ("tokens_trained", "skipped") if name in names]
+        return means | {name: sum(one[name] for one in updates) for name in counted} | {"lr": rate}
 
     def logprobs(self, trajectories: Sequence[Trajectory]) -> list[tuple[float, ...]]:
         """Log-probabilities of the response tokens under the current policy, on every rank of the replica."""
@@ -67,11 +68,11 @@ class Learner:
 
     def save(self, folder: Path, common: dict[str, Any]) -> None:
         """Write all that learning goes on from; `common` is small plain data."""
-        save_state(folder, self.policy.module, self.optimizer, common, self.layout, self.critic)
+        save_state(folder, self.policy.module, self.optimizer, common, self.layout, self.cfg, self.critic)
 
     def load(self, folder: Path) -> dict[str, Any]:
         """Go on from what `save` wrote; returns its `common`."""
-        return load_state(folder, self.policy.module, self.optimizer, self.layout, self.critic)
+        return load_state(folder, self.policy.module, self.optimizer, self.layout, self.cfg, self.critic)
 
     def _score(self, trajectories: Sequence[Trajectory]) -> list[Trajectory]:
         """The trajectories with the log-probabilities and values that the algorithm needs beforehand."""
@@ -154,7 +155,7 @@ class Learner:
         objective = self._objective(self._denominator(trajectories))
         sums = forward_backward(self.policy, microbatches, objective, self.layout)
         set_learning_rate(self.optimizer, rate)
-        return metrics | _averages(sums) | {"grad_norm": update(self.optimizer)}
+        return metrics | _averages(sums) | describe_update(self.optimizer, update(self.optimizer))
 
     def _objective(self, denominator: float) -> Objective:
         temperature = self.cfg.rollout.temperature or 1.0

@@ -12,7 +12,6 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from hpt_mega.config import Fp8Config, ParallelConfig
@@ -41,7 +40,7 @@ from hpt_mega.resharding.mapping.shape import (  # noqa: E402
     RopeScaling,
 )
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 class PolicyModel(GPTModel):
@@ -61,6 +60,9 @@ class PolicyModel(GPTModel):
     ) -> tuple[Any, ...]:
         if self.pre_process:
             decoder_input = self.embedding(input_ids=input_ids, position_ids=position_ids)
+            # recomputed layers above a frozen embedding would get no gradient
+            if torch.is_grad_enabled() and not decoder_input.requires_grad:
+                decoder_input.requires_grad_()
         if self.config.multi_latent_attention:
             _refuse_other_positions(position_ids)
             return decoder_input, None, None, None, None, None
@@ -127,14 +129,6 @@ class PolicyModel(GPTModel):
         group = mixtures[0].experts.tp_group
         return mixtures[0].local_expert_indices[0], group.rank(), group.size()
 
-    def expert_groups(self) -> tuple[dist.ProcessGroup, dist.ProcessGroup] | None:
-        """The groups that share one expert's tensors, and all experts of a layer; None without experts."""
-        for chunk in self.chunks:
-            for layer in chunk.decoder.layers:
-                if isinstance(layer.mlp, MoELayer):
-                    return layer.mlp.experts.tp_group, layer.mlp.experts.ep_group
-        return None
-
     def core_attentions(self) -> list[CoreAttention]:
         return [layer.self_attention.core_attention for layer in self.decoder.layers]
 
@@ -184,6 +178,7 @@ def transformer_config(
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype is torch.bfloat16,
+        fp16=dtype is torch.float16,
         variable_seq_lengths=parallel.pp > 1,  # each micro-batch has its own length
         moe_token_dispatcher_type="alltoall",  # the one that allows those varying lengths
         calculate_per_token_loss=True,  # the objective brings its own global denominator

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
 
 from hpt_mega.config import Config, OptimizerConfig
+from hpt_mega.megatron.groups import group_of, is_frozen
 from hpt_mega.megatron.model import PolicyModel
 from hpt_mega.megatron.precision import gathers_fp8
+from hpt_mega.megatron.scaler import share_scale
+from hpt_mega.resharding.mapping.table import canonical_name
 
 from megatron.core.distributed import (  # isort: skip  (after model.py has made megatron-core importable)
     DistributedDataParallel,
@@ -18,6 +23,7 @@ from megatron.core.distributed import (  # isort: skip  (after model.py has made
 )
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer  # isort: skip
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig  # isort: skip
+from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate  # isort: skip
 from megatron.core.tensor_parallel import layers  # isort: skip
 from megatron.core.transformer.moe.moe_layer import MoELayer  # isort: skip
 
@@ -30,7 +36,7 @@ class DataParallel(DistributedDataParallel):
 
 def wrap_data_parallel(model: PolicyModel, cfg: Config) -> DataParallel:
     """Gradients are summed (not averaged) over data-parallel ranks in fp32: the objective's denominator
-    is already global."""
+    is already global. Parameters that the config freezes get none."""
     settings = DistributedDataParallelConfig(
         use_distributed_optimizer=cfg.parallel.distributed_optimizer,
         overlap_grad_reduce=cfg.parallel.overlap,
@@ -40,6 +46,9 @@ def wrap_data_parallel(model: PolicyModel, cfg: Config) -> DataParallel:
     for chunk in model.chunks:
         _mark_tensor_parallel_weights(chunk)
         _mark_experts(chunk)
+        for name, parameter in _named(chunk):
+            if is_frozen(name, cfg.optimizer.frozen):
+                parameter.requires_grad_(False)
     wrapped = [
         DataParallel(model.config, settings, chunk, disable_bucketing=index > 0)
         for index, chunk in enumerate(model.chunks)
@@ -88,7 +97,7 @@ def _finalize_sums(model: list[Any], num_tokens: torch.Tensor | None = None, **k
 
 def build_optimizer(model: DataParallel, cfg: Config) -> MegatronOptimizer:
     """Adam on fp32 master weights (apex or TE fused where importable); decoupled weight decay on matrices
-    only, not on norms and biases."""
+    only, not on norms and biases, except where a group of the config says otherwise."""
     settings = MegatronOptimizerConfig(
         optimizer="adam",
         lr=cfg.optimizer.lr,
@@ -97,15 +106,63 @@ def build_optimizer(model: DataParallel, cfg: Config) -> MegatronOptimizer:
         adam_beta2=cfg.optimizer.beta2,
         clip_grad=cfg.optimizer.clip_grad,
         bf16=cfg.precision.dtype == "bf16",
+        fp16=cfg.precision.dtype == "fp16",
+        initial_loss_scale=cfg.precision.loss_scale,
+        loss_scale_window=cfg.precision.loss_scale_window,
+        hysteresis=1,
+        optimizer_cpu_offload=cfg.optimizer.cpu_offload > 0,
+        optimizer_offload_fraction=cfg.optimizer.cpu_offload,
+        # or megatron-core would put other parameters in place of those that it has dealt out over the devices
+        use_precision_aware_optimizer=cfg.optimizer.cpu_offload > 0,
         params_dtype=model.module.config.params_dtype,
         use_distributed_optimizer=cfg.parallel.distributed_optimizer,
         fp8_recipe=cfg.precision.fp8.recipe if gathers_fp8(cfg.precision.fp8) else None,
     )
-    optimizer = get_megatron_optimizer(settings, list(model.chunks))
-    for group in optimizer.param_groups:  # megatron-core leaves this to its own learning-rate scheduler
-        group["weight_decay"] = cfg.optimizer.weight_decay * group["wd_mult"]
+    optimizer = get_megatron_optimizer(settings, list(model.chunks), _overrides(model, cfg.optimizer))
+    if settings.fp16:
+        share_scale(optimizer)
     model.config.grad_scale_func = optimizer.scale_loss
     return optimizer
+
+
+def _overrides(model: DataParallel, cfg: OptimizerConfig) -> dict[ParamKey, Any]:
+    """The settings of each parameter, in megatron-core's form: a predicate a combination of settings.
+
+    A checkpoint tells groups apart by lr_mult and wd_mult, so these say all; weight_decay itself is written
+    by megatron-core's own scheduler, which is not used.
+    """
+    settings_of: dict[torch.Tensor, tuple[float, float]] = {}
+    for chunk in model.chunks:
+        for name, parameter in _named(chunk.module):
+            group = group_of(name, cfg.groups)
+            decay = cfg.weight_decay if parameter.dim() > 1 and not name.endswith(".bias") else 0.0
+            if group is not None and group.weight_decay is not None:
+                decay = group.weight_decay
+            settings_of[parameter] = (group.lr_scale if group else 1.0, decay)
+    return {
+        ParamKey(predicate=ParamPredicate(f"{settings}", partial(_has, settings_of, settings))): {
+            "lr_mult": settings[0],
+            "wd_mult": settings[1] / (cfg.weight_decay or 1.0),
+            "weight_decay": settings[1],
+        }
+        for settings in sorted(set(settings_of.values()))
+    }
+
+
+def _has(
+    settings_of: dict[torch.Tensor, tuple[float, float]],
+    settings: tuple[float, float],
+    parameter: torch.Tensor,
+) -> bool:
+    return settings_of[parameter] == settings
+
+
+def _named(model: PolicyModel) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """A chunk's parameters by their names in the whole model; a tied output layer is the embedding."""
+    first_expert, _, _ = model.expert_place()
+    for name, parameter in model.named_parameters():
+        tied = model.share_embeddings_and_output_weights
+        yield canonical_name(name, model.first_layer, first_expert, tied), parameter
 
 
 def learning_rate(cfg: OptimizerConfig, step: int, total_steps: int) -> float:
@@ -122,4 +179,4 @@ def learning_rate(cfg: OptimizerConfig, step: int, total_steps: int) -> float:
 
 def set_learning_rate(optimizer: MegatronOptimizer, rate: float) -> None:
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group["lr_mult"]

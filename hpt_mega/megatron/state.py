@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import queue
 import random
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from hpt_mega.config import Config
 from hpt_mega.megatron.critic import Critic
 from hpt_mega.megatron.model import PolicyModel
 from hpt_mega.megatron.optimizer import MegatronOptimizer
@@ -22,8 +24,12 @@ from megatron.core import dist_checkpointing  # isort: skip
 from megatron.core.dist_checkpointing.mapping import ShardedObject  # isort: skip
 from megatron.core.dist_checkpointing.strategies import filesystem_async  # isort: skip
 
-# The only optimizer layout that megatron-core can load into another data-parallel size.
-_OPTIMIZER_LAYOUT = {"distrib_optim_sharding_type": "fully_reshardable"}
+# What a distributed optimizer's own buffers follow from, and with them its state as dp_reshardable.
+_BUFFERS_FOLLOW = ("tp", "pp", "vpp", "ep", "etp", "stage_layers", "overlap")
+
+
+class StateError(ValueError):
+    """A saved state that this layout cannot load; the message says which one can."""
 
 
 def save_state(
@@ -32,17 +38,24 @@ def save_state(
     optimizer: MegatronOptimizer,
     common: dict[str, Any],
     layout: Layout,
+    cfg: Config,
     critic: Critic | None = None,
 ) -> None:
     """Write this job's state into the existing folder; every rank calls it. `common` is small plain data."""
+    written_as, frozen = cfg.trainer.checkpoint_format, bool(cfg.optimizer.frozen)
     # For this queue megatron-core would start a process that outlives a killed rank. Saves here are
     # synchronous: what is put into it is taken out by the same process.
     filesystem_async._results_queue = queue.Queue()
     dist_checkpointing.save(
         {
-            **_sharded_state(model, optimizer, layout, critic, loading=False),
+            **_sharded_state(model, optimizer, critic, written_as, frozen=frozen, loading=False),
             "random": _sharded_random_state(layout),
             "world_size": layout.world_size,
+            "written_as": {
+                "format": written_as,
+                "parallel": asdict(cfg.parallel),
+                "trained": _trained(cfg),
+            },
             "common": common,
         },
         str(folder),
@@ -54,54 +67,100 @@ def load_state(
     model: PolicyModel,
     optimizer: MegatronOptimizer,
     layout: Layout,
+    cfg: Config,
     critic: Critic | None = None,
 ) -> dict[str, Any]:
-    """Restore what save_state wrote, into any layout; returns `common`.
+    """Restore what save_state wrote; returns `common`.
 
-    Random numbers go on only where the job has as many processes as the one that saved.
+    Random numbers go on only where the job has as many processes as the one that saved. Raises StateError
+    for a layout that the saved optimizer cannot be loaded into.
     """
-    wanted = _sharded_state(model, optimizer, layout, critic, loading=True)
-    if dist_checkpointing.load_common_state_dict(str(folder))["world_size"] == layout.world_size:
+    saved = dist_checkpointing.load_common_state_dict(str(folder))
+    written_as = saved["written_as"]
+    _refuse_other_layout(folder, written_as, cfg)
+    frozen = bool(cfg.optimizer.frozen)
+    wanted = _sharded_state(model, optimizer, critic, written_as["format"], frozen=frozen, loading=True)
+    if saved["world_size"] == layout.world_size:
         wanted["random"] = _sharded_random_state(layout)
     state = dist_checkpointing.load(wanted, str(folder))
     _load_weights(model, state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    if critic is not None:
-        _load_weights(critic.model.module, state["critic"])
-        critic.optimizer.load_state_dict(state["critic_optimizer"])
+    with torch.no_grad():  # megatron-core copies into fp32 parameters that require gradients
+        optimizer.load_state_dict(state["optimizer"])
+        if critic is not None:
+            _load_weights(critic.model.module, state["critic"])
+            critic.optimizer.load_state_dict(state["critic_optimizer"])
     if "random" in wanted:
         _set_random_state(state["random"])
     common: dict[str, Any] = state["common"]
     return common
 
 
+def _refuse_other_layout(folder: Path, written_as: dict[str, Any], cfg: Config) -> None:
+    """Say before anything is read what megatron-core would find out from a missing key, or not at all."""
+    if written_as["trained"] != _trained(cfg):
+        raise StateError(
+            f"{folder} was written with {written_as['trained']}, which its optimizer's state follows; now "
+            f"there is {_trained(cfg)}: set it as it was"
+        )
+    saved, here = written_as["parallel"], asdict(cfg.parallel)
+    if saved["distributed_optimizer"] != here["distributed_optimizer"]:
+        raise StateError(
+            f"{folder} was written with parallel.distributed_optimizer={saved['distributed_optimizer']}, "
+            f"whose state is another than that of {here['distributed_optimizer']}; set it as it was"
+        )
+    if not here["distributed_optimizer"] or written_as["format"] == "fully_reshardable":
+        return
+    if other := [key for key in _BUFFERS_FOLLOW if saved[key] != here[key]]:
+        raise StateError(
+            f"{folder} was written as {written_as['format']} with {_settings(saved, other)}; now they are "
+            f"{_settings(here, other)}. That format follows other data- and context-parallel sizes only: "
+            "resume in the saved layout, and save there with trainer.checkpoint_format=fully_reshardable to "
+            "change it"
+        )
+
+
+def _trained(cfg: Config) -> str:
+    """What tells the optimizer's parameters and groups, as text."""
+    groups = [asdict(group) for group in cfg.optimizer.groups]
+    return f"optimizer.frozen={cfg.optimizer.frozen} optimizer.groups={groups}"
+
+
+def _settings(parallel: dict[str, Any], keys: list[str]) -> str:
+    return " ".join(f"parallel.{key}={parallel[key]}" for key in keys)
+
+
 def _sharded_state(
     model: PolicyModel,
     optimizer: MegatronOptimizer,
-    layout: Layout,
     critic: Critic | None,
+    written_as: str,
     *,
+    frozen: bool,
     loading: bool,
 ) -> dict[str, Any]:
-    weights = _sharded_weights(model)
+    metadata = {"distrib_optim_sharding_type": written_as}
+    # of frozen layers there are no moments, which leaves holes in tensors that hold all layers
+    moments_of = _sharded_weights(model, by_layer=frozen)
     state = {
-        "model": weights,
-        "optimizer": optimizer.sharded_state_dict(weights, is_loading=loading, metadata=_OPTIMIZER_LAYOUT),
+        "model": _sharded_weights(model),
+        "optimizer": optimizer.sharded_state_dict(moments_of, is_loading=loading, metadata=metadata),
     }
     if critic is not None:
         state["critic"] = weights = _sharded_weights(critic.model.module, "critic.")
         state["critic_optimizer"] = critic.optimizer.sharded_state_dict(
-            weights, is_loading=loading, metadata=_OPTIMIZER_LAYOUT
+            weights, is_loading=loading, metadata=metadata
         )
     return state
 
 
-def _sharded_weights(model: PolicyModel, prefix: str = "") -> dict[str, Any]:
-    """The tensors of all of this rank's chunks; `prefix` is put before their names in the checkpoint."""
+def _sharded_weights(model: PolicyModel, prefix: str = "", *, by_layer: bool = False) -> dict[str, Any]:
+    """The tensors of all of this rank's chunks; `prefix` is put before their names in the checkpoint, which
+    holds one tensor of all layers or one a layer."""
+    metadata = {"non_homogeneous_layers": True} if by_layer else None
     return {
         f"{number}.{name.removeprefix(prefix)}": tensor
         for number, chunk in enumerate(model.chunks)
-        for name, tensor in chunk.sharded_state_dict(prefix=prefix).items()
+        for name, tensor in chunk.sharded_state_dict(prefix=prefix, metadata=metadata).items()
     }
 
 

@@ -18,6 +18,7 @@ from hpt_mega.megatron.context import own_queries, own_tokens
 from hpt_mega.megatron.model import PolicyModel
 from hpt_mega.megatron.optimizer import DataParallel, MegatronOptimizer
 from hpt_mega.megatron.runtime import Layout
+from hpt_mega.megatron.scaler import loss_scale
 from hpt_mega.objective import Estimator, TokenBatch
 from hpt_mega.objective.logprob import token_logprobs
 from hpt_mega.trajectory import Source
@@ -123,21 +124,34 @@ def score(
     return list(flat.split(sizes))
 
 
-def update(optimizer: MegatronOptimizer) -> float:
-    """Clip, step, and return the gradient's global norm before clipping.
+def update(optimizer: MegatronOptimizer) -> float | None:
+    """Clip, step, and return the gradient's global norm before clipping; None where fp16 skips the step.
 
     Raises FloatingPointError where the norm is not finite, before the step, which would destroy the weights.
     """
-    optimizer.prepare_grads()
+    overflow = optimizer.prepare_grads()
+    if (scale := loss_scale(optimizer)) is not None:
+        scale.settle(overflow)
+    if overflow:
+        return None
     norm = float(optimizer.get_grad_norm())
     if not math.isfinite(norm):
         raise FloatingPointError(f"the gradient's norm is {norm}; lower optimizer.lr or inspect the batch")
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+    for part in optimizer.chained_optimizers:
         parameters = part.get_parameters()
         if parameters and part.config.clip_grad > 0:
-            clip_grad_by_total_norm_fp32(parameters, part.config.clip_grad, norm)
+            decoupled = part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8
+            clip_grad_by_total_norm_fp32(parameters, part.config.clip_grad, norm, decoupled)
     optimizer.step_with_ready_grads()
     return norm
+
+
+def describe_update(optimizer: MegatronOptimizer, norm: float | None, prefix: str = "") -> Metrics:
+    """What `update` has done; in fp16 also the scale of the next loss, and whether the step was skipped."""
+    found = {} if norm is None else {f"{prefix}grad_norm": norm}
+    if (scale := loss_scale(optimizer)) is not None:
+        found |= {f"{prefix}loss_scale": float(scale.scale), f"{prefix}skipped": float(norm is None)}
+    return found
 
 
 def _run_schedule(

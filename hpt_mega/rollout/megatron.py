@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from hpt_mega.megatron import experts
 from hpt_mega.megatron.attention import DecodeState, KVCache
 from hpt_mega.megatron.model import PolicyModel
 from hpt_mega.megatron.runtime import Layout
@@ -43,8 +44,8 @@ class MegatronEngine:
         self._vocab_size = vocab_size
         self._max_sequences = max_sequences
         self._version = policy_version
-        groups = model.expert_groups()
-        self._expert_group = groups[1] if groups and groups[1].size() > 1 else None
+        group = experts.ranks().group if model.config.num_moe_experts else None
+        self._expert_group = group if group is not None and group.size() > 1 else None
 
     @property
     def policy_version(self) -> int:

@@ -60,6 +60,7 @@ class Case:
     cp: int = 1
     vpp: int = 1
     ep: int = 1
+    etp: int = 1
     recompute: str = "none"
     overlap: bool = False
     stage_layers: tuple[int, ...] = ()
@@ -77,7 +78,9 @@ class Case:
 
     def __str__(self) -> str:
         flags = ("sequence_parallel", "distributed_optimizer", "overlap", "uneven")
-        sizes = f"{self.model}-tp{self.tp}cp{self.cp}pp{self.pp}vpp{self.vpp}ep{self.ep}dp{self.dp}"
+        sizes = (
+            f"{self.model}-tp{self.tp}cp{self.cp}pp{self.pp}vpp{self.vpp}ep{self.ep}etp{self.etp}dp{self.dp}"
+        )
         words = [sizes, *(name for name in flags if getattr(self, name))]
         if self.recompute != "none":
             words.append(self.recompute)
@@ -133,6 +136,9 @@ LAYOUTS = [
     Case(experts=True, dp=4, ep=2, distributed_optimizer=True),
     Case(experts=True, tp=2, dp=2, ep=4, sequence_parallel=True),
     Case(experts=True, pp=2, dp=2, ep=2),
+    Case(experts=True, tp=2, etp=2, sequence_parallel=True),
+    Case(experts=True, dp=2, etp=2),
+    Case(experts=True, tp=2, dp=2, ep=2, etp=2, sequence_parallel=True, distributed_optimizer=True),
 ]
 SPLITS = [
     Case(budget=1),

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hpt_mega.config import OptimizerConfig, ParallelConfig
+from hpt_mega.config import Config, OptimizerConfig, ParallelConfig
 from tests.megatron.tiny import Policy, build_policy, config, leave_job, save_llama, save_mixture
 from tests.ranks import run_ranks
 
@@ -26,9 +26,15 @@ LAYOUTS = {
     "dp2": ParallelConfig(1, 1, 2, distributed_optimizer=True),
     "vpp3": ParallelConfig(1, 2, 1, vpp=3),
     "cp2": ParallelConfig(1, 1, 1, cp=2, distributed_optimizer=True),
+    "dp1": ParallelConfig(1, 1, 1, distributed_optimizer=True),
+    "tp2sharded": ParallelConfig(2, 1, 1, distributed_optimizer=True),
+    "any dp2": ParallelConfig(1, 1, 2, distributed_optimizer=True),
+    "any tp2": ParallelConfig(2, 1, 1, distributed_optimizer=True),
     "ep2": ParallelConfig(1, 1, 2, ep=2),
+    "etp2": ParallelConfig(1, 1, 2, etp=2),
     "ep2sharded": ParallelConfig(1, 1, 2, ep=2, distributed_optimizer=True),
 }
+ANY = "any "  # saved as fully_reshardable, otherwise as dp_reshardable
 ADAM = OptimizerConfig(lr=3e-3, weight_decay=0.1, clip_grad=0.0)
 MOVES = [  # saved in, loaded into
     ("tp1", "tp1"),
@@ -44,12 +50,26 @@ MOVES = [  # saved in, loaded into
     ("vpp3", "vpp3"),
     ("cp2", "cp2"),
     ("cp2", "dp2"),
+    ("dp2", "dp1"),
+    ("dp1", "dp2"),
+    ("tp2sharded", "tp2sharded"),
+    ("any dp2", "dp1"),
+    ("any dp2", "tp2sharded"),
+    ("any tp2", "dp2"),
+]
+REFUSED = [  # saved in, loaded into, what is said
+    ("dp2", "tp2sharded", "with parallel.tp=1; now they are parallel.tp=2"),
+    ("tp2sharded", "dp1", "trainer.checkpoint_format=fully_reshardable"),
+    ("dp2", "tp2", "distributed_optimizer=True"),
+    ("tp1", "dp2", "distributed_optimizer=False"),
 ]
 MOVES_OF_EXPERTS = [
     ("tp1", "tp1"),
     ("ep2", "ep2"),
     ("ep2", "tp1"),
     ("tp1", "ep2"),
+    ("ep2", "etp2"),
+    ("etp2", "tp1"),
     ("ep2sharded", "ep2sharded"),
 ]
 VARIANTS = {"fp32 untied": MOVES, "bf16 tied": MOVES, "fp32 experts": MOVES_OF_EXPERTS}
@@ -59,8 +79,14 @@ Folders = dict[str, Path]  # by variant
 
 
 def policy_in(layout: str, variant: str, folders: Folders) -> Policy:
-    dtype = variant.split()[0]
-    return build_policy(folders[variant], config(LAYOUTS[layout], dtype=dtype, optimizer=ADAM))
+    return build_policy(folders[variant], config_of(layout, variant))
+
+
+def config_of(layout: str, variant: str) -> Config:
+    cfg = config(LAYOUTS[layout], dtype=variant.split()[0], optimizer=ADAM)
+    if layout.startswith(ANY):
+        cfg.trainer.checkpoint_format = "fully_reshardable"
+    return cfg
 
 
 def step(policy: Policy, seed: int) -> None:
@@ -94,7 +120,8 @@ def save(layouts: list[str], folders: Folders, states: Path) -> dict[str, Any]:
             draws()
             target = states / f"{layout}-{variant}"
             target.mkdir(exist_ok=True)
-            save_state(target, policy.model, policy.optimizer, {"step": 2, "name": layout}, policy.layout)
+            common = {"step": 2, "name": layout}
+            save_state(target, policy.model, policy.optimizer, common, policy.layout, policy.cfg)
             saved = policy.weights()
             drawn = draws()
             step(policy, 2)
@@ -105,14 +132,16 @@ def save(layouts: list[str], folders: Folders, states: Path) -> dict[str, Any]:
 
 def load(size: int, folders: Folders, states: Path) -> dict[str, Any]:
     """The same after loading into a model whose weights, optimizer and random numbers were others."""
-    from hpt_mega.megatron.state import load_state
+    from hpt_mega.megatron.state import StateError, load_state
 
     found: dict[str, Any] = {}
     for source, target, variant in CASES:
         if LAYOUTS[target].world_size == size:
             policy = policy_in(target, variant, folders)
-            step(policy, 7)
-            common = load_state(states / f"{source}-{variant}", policy.model, policy.optimizer, policy.layout)
+            if source != target:  # otherwise as in a new process, where the optimizer has no state yet
+                step(policy, 7)
+            place = states / f"{source}-{variant}"
+            common = load_state(place, policy.model, policy.optimizer, policy.layout, policy.cfg)
             loaded = policy.weights()
             drawn = draws()
             step(policy, 2)
@@ -122,6 +151,16 @@ def load(size: int, folders: Folders, states: Path) -> dict[str, Any]:
                 "next": policy.weights(),
                 "common": common,
             }
+            leave_job()
+    for source, target, _ in REFUSED:
+        if LAYOUTS[target].world_size == size:
+            policy = policy_in(target, "fp32 untied", folders)
+            before = policy.weights()
+            place = states / f"{source}-fp32 untied"
+            with pytest.raises(StateError) as error:
+                load_state(place, policy.model, policy.optimizer, policy.layout, policy.cfg)
+            kept = all(torch.equal(before[name], tensor) for name, tensor in policy.weights().items())
+            found[f"{source}-{target} refused"] = {"error": str(error.value), "kept": kept}
             leave_job()
     return found
 
@@ -175,6 +214,15 @@ def test_a_loaded_state_has_the_saved_weights_and_takes_the_same_next_step(
     )
     for rank in after:
         assert rank["common"] == {"step": 2, "name": source}
+
+
+@pytest.mark.parametrize(("source", "target", "expected"), REFUSED)
+def test_a_state_that_the_layout_cannot_load_is_refused_with_the_saved_one_named(
+    source: str, target: str, expected: str, saved_and_loaded: Found
+) -> None:
+    for rank in saved_and_loaded[1][f"{source}-{target} refused"]:
+        assert expected in rank["error"]
+        assert rank["kept"]
 
 
 @pytest.mark.parametrize("layout", ["tp1", "pp2", "tp2", "dp2", "vpp3", "cp2"])

@@ -135,17 +135,21 @@ class Policy:
         return self._whole({entry.megatron: parameter.detach() for entry, parameter in self.entries()})
 
     def gradients(self) -> dict[str, Tensor]:
-        """Whole gradients of this rank's pipeline stage by HF name."""
+        """Whole gradients of this rank's pipeline stage by HF name; frozen parameters have none."""
         if self.cfg.parallel.distributed_optimizer:
             self._gather_gradient_shards()
-        return self._whole({entry.megatron: parameter.main_grad for entry, parameter in self.entries()})
+        trained = [(entry, parameter) for entry, parameter in self.entries() if parameter.requires_grad]
+        return self._whole({entry.megatron: parameter.main_grad for entry, parameter in trained})
 
     def set_gradients(self, seed: int) -> None:
         """A gradient that follows from seed and HF name alone, whatever the layout."""
         for entry, parameter in self.entries():
+            if not parameter.requires_grad:
+                continue
             whole = self._whole({entry.megatron: parameter.detach()})
             drawn = [given_gradient(name, tensor.shape, seed) for name, tensor in whole.items()]
-            place = (0, 1) if entry.expert is not None else (self.layout.tp_rank, self.layout.tp_size)
+            group = self._cut_over(entry)
+            place = (group.rank(), group.size())
             part = entry.fusion.shard(drawn, self.shape, *place)
             parameter.main_grad.copy_(part)
 
@@ -156,20 +160,22 @@ class Policy:
             if entry.megatron not in mine:
                 continue
             part = mine[entry.megatron].contiguous()
-            if entry.expert is not None:  # held whole
-                found |= {
-                    n: t.clone()
-                    for n, t in zip(entry.hf, entry.fusion.merge([part], self.shape), strict=True)
-                }
-                continue
-            shards = [torch.empty_like(part) for _ in range(self.layout.tp_size)]
-            dist.all_gather(shards, part, group=self.layout.tp_group)
+            group = self._cut_over(entry)
+            shards = [torch.empty_like(part) for _ in range(group.size())]
+            dist.all_gather(shards, part, group=group)
             if part.dim() == 1:
                 for other in shards[1:]:
                     torch.testing.assert_close(other, shards[0], rtol=1e-4, atol=1e-6)
             merged = entry.fusion.merge(shards, self.shape)
             found |= {name: t.clone() for name, t in zip(entry.hf, merged, strict=True)}
         return found
+
+    def _cut_over(self, entry: Any) -> Any:
+        """The group whose ranks hold the parts of a parameter."""
+        from megatron.core import parallel_state
+
+        expert = entry.expert is not None
+        return parallel_state.get_expert_tensor_parallel_group() if expert else self.layout.tp_group
 
     def _gather_gradient_shards(self) -> None:
         """Each data-parallel rank holds the sum for its share of a bucket only."""

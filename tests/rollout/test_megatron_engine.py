@@ -41,6 +41,8 @@ EXPERTS = {
     "replicas share experts": ParallelConfig(1, 1, 2, ep=2),
     "tensor ranks share experts": ParallelConfig(2, 1, 1, sequence_parallel=True, ep=2),
     "replicas of two stages": ParallelConfig(1, 2, 2, ep=2),
+    "experts cut over tensor ranks": ParallelConfig(2, 1, 1, sequence_parallel=True, etp=2),
+    "experts cut over replicas": ParallelConfig(1, 1, 2, etp=2),
 }
 PROMPT_LENGTHS = (5, 1, 12, 3, 8)
 NEW_TOKENS = 14

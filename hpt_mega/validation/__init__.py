@@ -1,0 +1,62 @@
+"""The checks of a config made before any process starts: does the model fit the layout, do the parts fit.
+
+One module a concern. What a key may hold by its type alone is settled by config.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from hpt_mega.config import Config, ConfigError
+from hpt_mega.validation import data, layout, model, objective, optimizer, precision, rollout, run, values
+from hpt_mega.validation.run import is_unfinished
+
+__all__ = ["contradictions", "is_unfinished", "missing_here", "validate"]
+
+
+def validate(cfg: Config) -> None:
+    """Raise one ConfigError that lists every problem of the config; return where there is none.
+
+    Reads the model's config.json, the run folder and the environment (torchrun, SLURM, number of GPUs).
+    """
+    shape, problems = model.read(Path(cfg.model.path))
+    found = [
+        *problems,
+        *data.files(cfg),
+        *rollout.engine(cfg),
+        *contradictions(cfg, shape),
+        *layout.processes(cfg),
+        *run.folder(cfg),
+    ]
+    if found:
+        listed = "\n".join(f"  {number}. {problem}" for number, problem in enumerate(found, start=1))
+        count = "1 problem" if len(found) == 1 else f"{len(found)} problems"
+        raise ConfigError(f"{count} in the config; nothing was started\n{listed}")
+
+
+def missing_here(cfg: Config) -> list[str]:
+    """What the config names and this machine does not have: the model's folder, data files, an engine."""
+    return [*model.read(Path(cfg.model.path))[1], *data.files(cfg), *rollout.engine(cfg)]
+
+
+def contradictions(cfg: Config, shape: Mapping[str, Any]) -> list[str]:
+    """What is wrong with the config on any machine. `shape` is the model's config.json, or empty."""
+    checks = chain(
+        values.numbers(cfg),
+        values.names(cfg),
+        data.tasks(cfg),
+        layout.tensor(cfg, shape),
+        precision.fp8(cfg, shape),
+        layout.pipeline(cfg, shape),
+        layout.experts(cfg, shape),
+        objective.batch(cfg),
+        model.lengths(cfg, shape),
+        objective.parts(cfg),
+        optimizer.parameters(cfg, shape),
+        optimizer.offload(cfg),
+        rollout.servers(cfg, shape),
+    )
+    return list(checks)

@@ -1,0 +1,45 @@
+"""The servers of rollouts, where there are any."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from hpt_mega.config import Config
+from hpt_mega.validation.layout import divisors
+
+
+def engine(cfg: Config) -> Iterator[str]:
+    """Whether the chosen engine is installed."""
+    if cfg.rollout.engine == "vllm" and importlib.util.find_spec("vllm") is None:
+        yield (
+            "rollout.engine is vllm, which is not installed; on GPUs `pip install -e '.[vllm]'`, without one "
+            "`make .venv/.vllm`, or set rollout=megatron"
+        )
+
+
+def servers(cfg: Config, shape: Mapping[str, Any]) -> Iterator[str]:
+    """What the servers of rollouts need, where there are any."""
+    rollout = cfg.rollout
+    if rollout.engine == "megatron":
+        if rollout.staleness:
+            yield (
+                f"rollout.staleness is {rollout.staleness} and rollout.engine megatron, whose processes are "
+                "busy with training; set rollout=vllm, or staleness 0"
+            )
+        return
+    if (ranks := cfg.parallel.ep * cfg.parallel.etp) > 1:
+        yield (
+            f"parallel.ep x etp is {ranks} and rollout.engine {rollout.engine}: a server is brought the "
+            "weights of one replica, which lacks the others' experts; set both to 1, or rollout=megatron"
+        )
+    if rollout.temperature not in (0.0, 1.0) and rollout.top_p < 1:
+        yield (
+            f"rollout.temperature is {rollout.temperature} and top_p {rollout.top_p}: vLLM then reports "
+            "log-probabilities after the truncation, which the objective cannot use; set one of them to 1"
+        )
+    heads = shape.get("num_attention_heads")
+    if heads and heads % rollout.server.tp:
+        fitting = divisors(heads, heads)
+        yield f"rollout.server.tp is {rollout.server.tp} and the model has {heads} heads; expected {fitting}"

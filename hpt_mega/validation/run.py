@@ -1,0 +1,22 @@
+"""The run folder: whether a run has begun there that this one would overwrite."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from hpt_mega.config import Config
+
+
+def folder(cfg: Config) -> Iterator[str]:
+    """Whether the run folder can be used: a folder, and no other run's."""
+    run_dir = Path(cfg.run_dir)
+    if run_dir.exists() and not run_dir.is_dir():
+        yield f"run_dir={run_dir} is a file; choose another folder"
+    if cfg.resume == "never" and is_unfinished(run_dir):
+        yield f"run_dir={run_dir} holds an unfinished run; set resume=auto to go on, or another run_dir"
+
+
+def is_unfinished(run_dir: Path) -> bool:
+    """Whether a run has begun there and not ended."""
+    return (run_dir / "metrics.jsonl").is_file() and not (run_dir / "summary.json").is_file()
