@@ -224,15 +224,17 @@ def _write_entry(
     if len({tensor.dtype for tensor in tensors}) > 1:
         kinds = ", ".join(f"{name} {tensor.dtype}" for name, tensor in zip(entry.hf, tensors, strict=True))
         raise MappingError(f"tensors of one Megatron parameter have several dtypes: {kinds}")
-    whole = entry.fusion.fuse(tensors, shape)
+    blocks = entry.fusion.fused_blocks(tensors, shape)
     stored = stored_as(entry, shape, stacked=shape.is_homogeneous)
     ranks = layout.files(entry, shape)
-    total = list(whole.shape)
+    total = list(blocks[0].shape)
+    if entry.fusion.dim is not None:
+        total[entry.fusion.dim] *= len(blocks)
     if isinstance(entry.fusion, Vocabulary):
         total[0] = padded_vocab_size(total[0], len(ranks))
     for rank in range(len(ranks) if entry.fusion.dim is not None else 1):
-        for start, piece in entry.fusion.pieces(whole, rank, len(ranks)):
-            at = [start if dim == entry.fusion.dim else 0 for dim in range(whole.ndim)]
+        for start, piece in entry.fusion.pieces(blocks, rank, len(ranks)):
+            at = [start if dim == entry.fusion.dim else 0 for dim in range(len(total))]
             yield writer.append(ranks[rank], stored, total, at, piece)
 
 
