@@ -6,7 +6,6 @@ What a key may hold by its type alone is settled by config.py.
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 from collections.abc import Iterator, Mapping
 from itertools import chain
@@ -16,6 +15,8 @@ from typing import Any
 
 import torch
 
+from hpt_mega.checkpoint.megatron_folder import is_megatron
+from hpt_mega.checkpoint.model_folder import read_model
 from hpt_mega.config import Config, ConfigError, Fp8Config
 from hpt_mega.data.demonstrations import WRITERS
 from hpt_mega.data.files import HUB, is_data
@@ -44,7 +45,7 @@ def validate(cfg: Config) -> None:
 
     Reads the model's config.json, the run folder and the environment (torchrun, SLURM, number of GPUs).
     """
-    shape, problems = _read_model(Path(cfg.model.path))
+    shape, problems = read_model(cfg.model)
     found = [*problems, *_files(cfg), *contradictions(cfg, shape), *_processes(cfg), *_run_folder(cfg)]
     if found:
         listed = "\n".join(f"  {number}. {problem}" for number, problem in enumerate(found, start=1))
@@ -54,7 +55,7 @@ def validate(cfg: Config) -> None:
 
 def missing_here(cfg: Config) -> list[str]:
     """What the config names and this machine does not have: the model's folder, data files, an engine."""
-    return [*_read_model(Path(cfg.model.path))[1], *_files(cfg)]
+    return [*read_model(cfg.model)[1], *_files(cfg)]
 
 
 def contradictions(cfg: Config, shape: Mapping[str, Any]) -> list[str]:
@@ -72,28 +73,6 @@ def contradictions(cfg: Config, shape: Mapping[str, Any]) -> list[str]:
         _servers(cfg, shape),
     )
     return list(checks)
-
-
-def _read_model(folder: Path) -> tuple[Mapping[str, Any], list[str]]:
-    """The model's config.json (empty where unreadable) and what is wrong with the folder."""
-    how = (
-        "set model.path to a Hugging Face folder; the demo's is made by "
-        f"`python tools/prepare_demo_model.py --out {folder}`"
-    )
-    if not folder.is_dir():
-        return {}, [f"model.path={folder}: no such folder (looked for {folder.absolute()}); {how}"]
-    problems = []
-    if not any(folder.glob("*.safetensors")):
-        problems.append(f"model.path={folder} holds no *.safetensors; {how}")
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
-        problems.append(f"model.path={folder} holds no tokenizer.json; {how}")
-    try:
-        shape = json.loads((folder / "config.json").read_text())
-    except FileNotFoundError:
-        return {}, [*problems, f"model.path={folder} holds no config.json; {how}"]
-    except ValueError as error:
-        return {}, [*problems, f"{folder}/config.json is no JSON: {error}; {how}"]
-    return shape, problems
 
 
 def _numbers(cfg: Config) -> Problems:
@@ -444,6 +423,12 @@ def _servers(cfg: Config, shape: Mapping[str, Any]) -> Problems:
         yield (
             f"parallel.ep is {cfg.parallel.ep} and rollout.engine {rollout.engine}: a server is brought the "
             "weights of one replica, which lacks the others' experts; set ep=1 or rollout=megatron"
+        )
+    if is_megatron(Path(cfg.model.path)):
+        yield (
+            f"model.path={cfg.model.path} is a Megatron checkpoint and rollout.engine "
+            f"{rollout.engine}, which starts from a Hugging Face folder; make one by `hpt convert "
+            "megatron-to-hf`, or set rollout=megatron"
         )
     if rollout.temperature not in (0.0, 1.0) and rollout.top_p < 1:
         yield (

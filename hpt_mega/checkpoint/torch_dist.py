@@ -29,11 +29,11 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from hpt_mega.checkpoint.megatron_folder import TORCH_DIST
 from hpt_mega.checkpoint.safetensors import Spec, read_into, row_bytes, start_writeback
 from hpt_mega.checkpoint.scratch import Scratch
 from hpt_mega.resharding.mapping import Entry, MappingError, ModelShape
 
-METADATA = ".metadata"
 FORMAT_FILE = "metadata.json"
 _FORMAT = {
     "sharded_backend": "torch_dist",
@@ -152,7 +152,7 @@ class TorchDistWriter:
             file.close()
         torch.save(common, self._folder / "common.pt")
         (self._folder / FORMAT_FILE).write_text(json.dumps(_FORMAT))
-        with (self._folder / METADATA).open("wb") as description:
+        with (self._folder / TORCH_DIST).open("wb") as description:
             pickle.dump(Metadata(tensors, planner_data=None, storage_data=storage), description)
 
     def _write_objects(self, names: Iterable[str]) -> Iterator[tuple[str, _StorageInfo]]:
@@ -237,7 +237,7 @@ class TorchDistReader:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._scratch = Scratch()
-        self._metadata = _read_metadata(folder / METADATA)
+        self._metadata = _read_metadata(folder / TORCH_DIST)
         self._places: dict[tuple[str, tuple[int, ...]], list[ChunkStorageMetadata]] = {}
 
     def spec(self, entry: Entry, shape: ModelShape) -> Spec:
