@@ -142,7 +142,7 @@ def learner_of(
     cfg: Config = replace(
         base,
         parallel=ParallelConfig(1, 1, 1),
-        precision=PrecisionConfig(dtype, fp8),
+        precision=PrecisionConfig(dtype, fp8=fp8),
         optimizer=OptimizerConfig(lr=5e-3, warmup_steps=10, min_lr_ratio=0.1),
         trainer=replace(base.trainer, steps=steps, tokens_per_microbatch=1920),
     )

@@ -30,7 +30,8 @@ class ConfigError(ValueError):
 
 @dataclass
 class ModelConfig:
-    path: str = "models/smollm2-135m-instruct"  # a Hugging Face folder: config, safetensors, tokenizer
+    path: str = "models/smollm2-135m-instruct"  # a Hugging Face folder, or a Megatron checkpoint
+    hf: str = ""  # folder of config and tokenizer, for a Megatron checkpoint that brings none along
     rope_theta: float = 0.0  # in place of the folder's; 0: as it is. LUFFY trains Qwen2.5-Math with 40000
     max_positions: int = 0  # likewise; LUFFY: 16384
     published: str = ""  # its config.json as a file of conf/, for `hpt dryrun` where the folder is not there

@@ -19,9 +19,10 @@ warnings.filterwarnings("ignore", message=".*(Apex|Transformer Engine).*not inst
 import torch  # noqa: E402
 from transformers import AutoTokenizer  # noqa: E402
 
-from hpt_mega.checkpoint.hf import HFCheckpoint, with_context  # noqa: E402
+from hpt_mega.checkpoint.hf import HFCheckpoint, read_config, with_context  # noqa: E402
+from hpt_mega.checkpoint.megatron_folder import companions_for, is_megatron  # noqa: E402
 from hpt_mega.checkpoint.store import CheckpointStore  # noqa: E402
-from hpt_mega.checkpoint.weights import export_hf, load_hf  # noqa: E402
+from hpt_mega.checkpoint.weights import export_hf, load_hf, load_megatron  # noqa: E402
 from hpt_mega.config import Config, load  # noqa: E402
 from hpt_mega.data.loader import QuestionLoader  # noqa: E402
 from hpt_mega.data.questions import load_questions  # noqa: E402
@@ -101,13 +102,17 @@ def build_trainer(
     interruption: Interruption,
 ) -> Trainer:
     """Every part of the training step, from the config."""
-    checkpoint = HFCheckpoint(Path(cfg.model.path))
-    family = family_for(checkpoint.config)
-    shape = family.read_shape(with_context(checkpoint.config, **_context(cfg)))
+    weights, companions = Path(cfg.model.path), companions_for(Path(cfg.model.path), cfg.model.hf)
+    config = read_config(companions)
+    family = family_for(config)
+    shape = family.read_shape(with_context(config, **_context(cfg)))
     dtype = DTYPES[cfg.precision.dtype]
     model = build_model(shape, cfg.parallel, layout, dtype, fp8=cfg.precision.fp8)
-    load_hf(model, checkpoint, family, shape, layout)
-    tokenizer = AutoTokenizer.from_pretrained(cfg.model.path)
+    if is_megatron(weights):
+        load_megatron(model, weights, family, shape, layout)
+    else:
+        load_hf(model, HFCheckpoint(weights), family, shape, layout)
+    tokenizer = AutoTokenizer.from_pretrained(companions)
     questions = load_questions(cfg.data, tokenizer)
     rewards = (
         RewardPool(cfg.reward.kind, cfg.reward.workers, cfg.reward.deadline_s, cfg.reward.memory_mib)
@@ -225,8 +230,8 @@ def build_learner(cfg: Config, layout: Layout, model: PolicyModel, shape: ModelS
 
 def export(cfg: Config, layout: Layout, trainer: Trainer) -> None:
     """The trained policy as a Hugging Face folder, RUN_DIR/hf."""
-    source = Path(cfg.model.path)
-    config = HFCheckpoint(source).config
+    source = companions_for(Path(cfg.model.path), cfg.model.hf)
+    config = read_config(source)
     family = family_for(config)
     export_hf(
         trainer.learner.policy.module,

@@ -20,10 +20,17 @@ from torch import Tensor
 from hpt_mega.checkpoint.hf import INDEX, HFCheckpoint, HFWriter, config_dtype, copy_companions, read_config
 from hpt_mega.checkpoint.journal import Journal, resumable_folder
 from hpt_mega.checkpoint.layout import TargetLayout
-from hpt_mega.checkpoint.legacy import LegacyReader, is_legacy
+from hpt_mega.checkpoint.legacy import LegacyReader
+from hpt_mega.checkpoint.megatron_folder import (
+    COMPANIONS,
+    RELEASE,
+    TRACKER,
+    companions_of,
+    is_legacy,
+    iteration_folder,
+)
 from hpt_mega.checkpoint.safetensors import DTYPE_CODES, Spec, raw_bytes
 from hpt_mega.checkpoint.torch_dist import (
-    METADATA,
     Chunk,
     TorchDistReader,
     TorchDistWriter,
@@ -35,10 +42,6 @@ from hpt_mega.resharding.mapping.fusion import Vocabulary, padded_vocab_size
 from hpt_mega.resharding.mapping.table import HF_EMBEDDING, HF_OUTPUT_LAYER, compare
 
 MANIFEST = "manifest.json"
-COMPANIONS = "hf"  # the folder of config, tokenizer and chat template within a converted checkpoint
-TRACKER = "latest_checkpointed_iteration.txt"
-RELEASE = "release"  # what Megatron calls weights without a training state
-
 Progress = Callable[[int, int], None]  # is told the bytes of each parameter when it is done, and of all
 Finished = Callable[[Path], None]  # checks of the finished folder, before it takes its name
 
@@ -120,7 +123,7 @@ def megatron_to_hf(
     """
     begin = time.monotonic()
     source = open_megatron(megatron)
-    companions = companions or companions_of(megatron)
+    companions = companions or _carried_along(megatron)
     config = read_config(companions)
     family = family_for(config)
     shape = family.read_shape(config)
@@ -174,32 +177,12 @@ def open_megatron(folder: Path) -> MegatronSource:
     Raises FileNotFoundError where there is none.
     """
     folder = iteration_folder(folder)
-    if (folder / METADATA).is_file():
-        return TorchDistReader(folder)
-    if is_legacy(folder):
-        return LegacyReader(folder)
-    raise FileNotFoundError(
-        f"{folder} holds neither {METADATA} (torch_dist) nor mp_rank_* (legacy); is --megatron a Megatron "
-        "checkpoint, and copied whole?"
-    )
+    return LegacyReader(folder) if is_legacy(folder) else TorchDistReader(folder)
 
 
-def iteration_folder(folder: Path) -> Path:
-    """Where the weights are, below a folder as Megatron's --save and --load take it."""
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is no folder; expected a Megatron checkpoint")
-    tracker = folder / TRACKER
-    if not tracker.is_file():
-        return folder
-    iteration = tracker.read_text().strip()
-    return folder / (iteration if iteration == RELEASE else f"iter_{int(iteration):07d}")
-
-
-def companions_of(megatron: Path) -> Path:
-    """The config and tokenizer that a converted checkpoint carries along."""
-    for folder in (megatron / COMPANIONS, megatron.parent / COMPANIONS):
-        if (folder / "config.json").is_file():
-            return folder
+def _carried_along(megatron: Path) -> Path:
+    if companions := companions_of(megatron):
+        return companions
     raise FileNotFoundError(
         f"{megatron} brings no {COMPANIONS}/config.json along; give --hf, the Hugging Face folder of the "
         "model it began from"
@@ -224,15 +207,17 @@ def _write_entry(
     if len({tensor.dtype for tensor in tensors}) > 1:
         kinds = ", ".join(f"{name} {tensor.dtype}" for name, tensor in zip(entry.hf, tensors, strict=True))
         raise MappingError(f"tensors of one Megatron parameter have several dtypes: {kinds}")
-    whole = entry.fusion.fuse(tensors, shape)
+    blocks = entry.fusion.fused_blocks(tensors, shape)
     stored = stored_as(entry, shape, stacked=shape.is_homogeneous)
     ranks = layout.files(entry, shape)
-    total = list(whole.shape)
+    total = list(blocks[0].shape)
+    if entry.fusion.dim is not None:
+        total[entry.fusion.dim] *= len(blocks)
     if isinstance(entry.fusion, Vocabulary):
         total[0] = padded_vocab_size(total[0], len(ranks))
     for rank in range(len(ranks) if entry.fusion.dim is not None else 1):
-        for start, piece in entry.fusion.pieces(whole, rank, len(ranks)):
-            at = [start if dim == entry.fusion.dim else 0 for dim in range(whole.ndim)]
+        for start, piece in entry.fusion.pieces(blocks, rank, len(ranks)):
+            at = [start if dim == entry.fusion.dim else 0 for dim in range(len(total))]
             yield writer.append(ranks[rank], stored, total, at, piece)
 
 

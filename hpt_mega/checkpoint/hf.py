@@ -26,6 +26,7 @@ from hpt_mega.checkpoint.safetensors import (
     read_tensor,
     write_tensor,
 )
+from hpt_mega.checkpoint.scratch import Scratch
 
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5 * 1000**3
@@ -44,6 +45,7 @@ class HFCheckpoint:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._scratch = Scratch()
         self.config = read_config(folder)
         self._slots = self._locate()
         self._open: tuple[Path, BinaryIO] | None = None
@@ -90,7 +92,7 @@ class HFCheckpoint:
                 self._open[1].close()
             self._open = (path, path.open("rb", buffering=0))
         assert self._open is not None
-        return read_tensor(self._open[1], slot)
+        return read_tensor(self._open[1], slot, self._scratch)
 
     def _is_quantized(self, name: str) -> bool:
         return self._slots[name][1].spec.dtype is torch.float8_e4m3fn and name + SCALE_SUFFIX in self._slots

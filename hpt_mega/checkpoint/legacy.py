@@ -15,18 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hpt_mega.checkpoint.megatron_folder import LEGACY_RANK
 from hpt_mega.checkpoint.safetensors import Spec
 from hpt_mega.resharding.mapping import Entry, MappingError, ModelShape
 from hpt_mega.resharding.mapping.table import EMBEDDING, OUTPUT_LAYER, canonical_name
 
-_FOLDER = re.compile(r"mp_rank_(\d{2})(?:_(\d{3}))?(?:_(\d{3}))?")
 _FILES = ("model_optim_rng.pt", "model_rng.pt")
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
 _EXPERT = re.compile(r"(?:\.local_experts\.|\.experts\.linear_fc[12]\.weight)(\d+)")
-
-
-def is_legacy(folder: Path) -> bool:
-    return any(_FOLDER.fullmatch(path.name) for path in folder.iterdir())
 
 
 class LegacyReader:
@@ -106,7 +102,7 @@ def _load_ranks(folder: Path) -> dict[tuple[int, int, int], list[Any]]:
     """Model chunks of each rank, by (tensor, pipeline, expert) rank."""
     loaded: dict[tuple[int, int | None, int | None], list[Any]] = {}
     for path in sorted(folder.iterdir()):
-        if not (match := _FOLDER.fullmatch(path.name)):
+        if not (match := LEGACY_RANK.fullmatch(path.name)):
             continue
         files = [path / name for name in _FILES if (path / name).is_file()]
         if not files:

@@ -13,7 +13,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hpt_mega.checkpoint.convert import open_megatron
 from hpt_mega.checkpoint.hf import HFCheckpoint
 from hpt_mega.resharding.mapping import MappingError, ModelShape, family_for
 
@@ -57,7 +56,7 @@ def _transformers_logits(hf: Path, tokens_BS: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _megatron_logits(hf: Path, megatron: Path, shape: ModelShape, tokens_BS: Tensor) -> Tensor:
-    from hpt_mega.checkpoint.weights import fill
+    from hpt_mega.checkpoint.weights import load_megatron
     from hpt_mega.config import Config, ParallelConfig
     from hpt_mega.megatron import runtime
     from hpt_mega.megatron.model import build_model
@@ -67,15 +66,8 @@ def _megatron_logits(hf: Path, megatron: Path, shape: ModelShape, tokens_BS: Ten
     layout = runtime.initialize(Config(parallel=parallel))
     try:
         family = family_for(HFCheckpoint(hf).config)
-        source = open_megatron(megatron)
         model = build_model(shape, parallel, layout, torch.float32)
-        fill(
-            model,
-            lambda entry: entry.fusion.split(source.whole(entry, shape), shape),
-            family,
-            shape,
-            layout,
-        )
+        load_megatron(model, megatron, family, shape, layout)
         device = next(model.parameters()).device
         with model.inference():
             positions = torch.arange(tokens_BS.shape[1], device=device)[None]

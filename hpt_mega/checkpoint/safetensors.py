@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -17,6 +17,8 @@ from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
+
+from hpt_mega.checkpoint.scratch import Scratch
 
 # in the order the package sorts a file's tensors by, last first
 DTYPE_CODES = {
@@ -34,6 +36,7 @@ DTYPE_CODES = {
 }
 _DTYPES = {code: dtype for dtype, code in DTYPE_CODES.items()}
 _RANK = {dtype: rank for rank, dtype in enumerate(DTYPE_CODES)}
+_ROWS_BYTES = 2**20  # fits a processor's cache
 _LONGEST_HEADER = 100 * 2**20
 
 
@@ -100,11 +103,11 @@ def _slot(path: Path, name: str, entry: Mapping[str, Any], data_begin: int) -> S
     return Slot(spec, data_begin + begin)
 
 
-def read_tensor(file: BinaryIO, slot: Slot) -> Tensor:
-    """One tensor, in memory of its own. Raises ValueError where the file ends before it."""
-    raw = torch.empty(slot.spec.nbytes, dtype=torch.uint8)
-    read_into(file, raw, slot.offset)
-    return raw.view(slot.spec.dtype).view(slot.spec.shape)
+def read_tensor(file: BinaryIO, slot: Slot, scratch: Scratch) -> Tensor:
+    """One tensor, in `scratch`. Raises ValueError where the file ends before it."""
+    tensor = scratch.empty(slot.spec.shape, slot.spec.dtype)
+    read_into(file, tensor, slot.offset)
+    return tensor
 
 
 def read_into(file: BinaryIO | FileIO, target: Tensor, offset: int) -> None:
@@ -119,10 +122,31 @@ def read_into(file: BinaryIO | FileIO, target: Tensor, offset: int) -> None:
 
 
 def write_tensor(file: BinaryIO, tensor: Tensor, offset: int) -> None:
-    view = raw_bytes(tensor)
-    while view:
-        count = os.pwritev(file.fileno(), [view], offset)
-        view, offset = view[count:], offset + count
+    begin = offset
+    for view in row_bytes(tensor):
+        while view:
+            count = os.pwritev(file.fileno(), [view], offset)
+            view, offset = view[count:], offset + count
+    start_writeback(file, begin, offset - begin)
+
+
+def start_writeback(file: BinaryIO, offset: int, length: int) -> None:
+    """Let the disk begin with what was just written, so that the fsync in the end finds little left.
+
+    The advice's own meaning, to forget these pages, comes to nothing: they are still dirty.
+    """
+    if length:
+        os.posix_fadvise(file.fileno(), offset, length, os.POSIX_FADV_DONTNEED)
+
+
+def row_bytes(tensor: Tensor) -> Iterator[memoryview]:
+    """The tensor's bytes in row order: at once where it lies so, else copied a few rows at a time."""
+    if tensor.is_contiguous() or tensor.ndim < 2:
+        yield raw_bytes(tensor)
+        return
+    rows = max(1, _ROWS_BYTES * len(tensor) // max(tensor.nbytes, 1))
+    for part in tensor.split(rows):
+        yield raw_bytes(part)
 
 
 def raw_bytes(tensor: Tensor) -> memoryview:

@@ -29,10 +29,11 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from hpt_mega.checkpoint.safetensors import Spec, raw_bytes, read_into
+from hpt_mega.checkpoint.megatron_folder import TORCH_DIST
+from hpt_mega.checkpoint.safetensors import Spec, read_into, row_bytes, start_writeback
+from hpt_mega.checkpoint.scratch import Scratch
 from hpt_mega.resharding.mapping import Entry, MappingError, ModelShape
 
-METADATA = ".metadata"
 FORMAT_FILE = "metadata.json"
 _FORMAT = {
     "sharded_backend": "torch_dist",
@@ -151,7 +152,7 @@ class TorchDistWriter:
             file.close()
         torch.save(common, self._folder / "common.pt")
         (self._folder / FORMAT_FILE).write_text(json.dumps(_FORMAT))
-        with (self._folder / METADATA).open("wb") as description:
+        with (self._folder / TORCH_DIST).open("wb") as description:
             pickle.dump(Metadata(tensors, planner_data=None, storage_data=storage), description)
 
     def _write_objects(self, names: Iterable[str]) -> Iterator[tuple[str, _StorageInfo]]:
@@ -172,8 +173,8 @@ class TorchDistWriter:
 class _DataAtSeek:
     """A file for torch.save without data: it seeks over the data's place, which is filled in then."""
 
-    def __init__(self, file: BinaryIO, data: memoryview) -> None:
-        self._file, self._data = file, data
+    def __init__(self, file: BinaryIO, tensor: Tensor) -> None:
+        self._file, self._tensor = file, tensor
         self.error: OSError | None = None  # torch.save swallows it, and speaks of positions instead
 
     def write(self, data: bytes | memoryview) -> int:
@@ -184,25 +185,26 @@ class _DataAtSeek:
             raise
 
     def seek(self, offset: int, whence: int) -> None:
-        assert (offset, whence) == (len(self._data), os.SEEK_CUR), "torch.save moves in another way"
-        self.write(self._data)
+        assert (offset, whence) == (self._tensor.nbytes, os.SEEK_CUR), "torch.save moves in another way"
+        for rows in row_bytes(self._tensor):
+            self.write(rows)
 
     def flush(self) -> None: ...
 
 
 def _save(piece: Tensor, sizes: tuple[int, ...], file: BinaryIO) -> None:
     """torch.save without its copies and without the archive's checksum, which torch.load does not read."""
-    data = raw_bytes(piece)
-    own = torch.frombuffer(data, dtype=piece.dtype).view(sizes)  # torch.save writes whole storages
-    target = _DataAtSeek(file, data)
+    begin, blank = file.tell(), torch.empty(sizes, dtype=piece.dtype)  # none of its pages is ever touched
+    target = _DataAtSeek(file, piece)
     try:
         with torch.serialization.skip_data():
-            torch.save(own, target)  # type: ignore[arg-type]
+            torch.save(blank, target)  # type: ignore[arg-type]
     except RuntimeError:
         if target.error is not None:
             raise target.error from None
         raise
     file.flush()  # in the kernel's hands before a journal says so: a kill loses nothing
+    start_writeback(file, begin, file.tell() - begin)
 
 
 def extra_states(entries: Iterable[Entry], shape: ModelShape) -> Iterator[str]:
@@ -234,7 +236,8 @@ class TorchDistReader:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._metadata = _read_metadata(folder / METADATA)
+        self._scratch = Scratch()
+        self._metadata = _read_metadata(folder / TORCH_DIST)
         self._places: dict[tuple[str, tuple[int, ...]], list[ChunkStorageMetadata]] = {}
 
     def spec(self, entry: Entry, shape: ModelShape) -> Spec:
@@ -246,7 +249,7 @@ class TorchDistReader:
     def whole(self, entry: Entry, shape: ModelShape) -> Tensor:
         """The whole parameter, put together from its chunks."""
         stored, spec = self._find(entry, shape), self.spec(entry, shape)
-        out, filled = torch.empty(spec.shape, dtype=spec.dtype), 0
+        out, filled = self._scratch.empty(spec.shape, spec.dtype), 0
         for chunk in self._chunks(stored):
             target = out
             for dim, start in enumerate(chunk.offsets[len(stored.at) :], start=len(stored.at)):

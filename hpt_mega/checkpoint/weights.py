@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from hpt_mega.checkpoint.convert import open_megatron
 from hpt_mega.checkpoint.hf import HFCheckpoint, HFWriter, copy_companions, writing_folder
 from hpt_mega.checkpoint.safetensors import Spec
 from hpt_mega.megatron import experts
@@ -37,6 +38,25 @@ def load_hf(
     )
     family.check_shapes(shape, lambda name: checkpoint.spec(name).shape)
     fill(model, lambda entry: [checkpoint.tensor(name) for name in entry.hf], family, shape, layout)
+
+
+def load_megatron(
+    model: PolicyModel, folder: Path, family: Family, shape: ModelShape, layout: Layout
+) -> None:
+    """Fill this rank's parameters from a Megatron checkpoint of any layout, casting to their dtype.
+
+    Optimizer, counters and random states in it are not read. Raises MappingError and ValueError as load_hf
+    does, FileNotFoundError where the folder holds no weights.
+    """
+    source = open_megatron(folder)
+    compare(f"{family.name} table", (), "checkpoint", source.leftovers(family.entries(shape), shape))
+    fill(
+        model,
+        lambda entry: entry.fusion.split(source.whole(entry, shape), shape),
+        family,
+        shape,
+        layout,
+    )
 
 
 def fill(

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hpt_mega.checkpoint.hf import HFCheckpoint
+from hpt_mega.checkpoint.megatron_folder import companions_for
 from hpt_mega.config import Config, ConfigError, ParallelConfig, conf_dir
 from hpt_mega.dryrun.estimate import Batch, Stage, batch, planned_shape, stages
 from hpt_mega.dryrun.rank import BuiltRank, build_rank
@@ -81,7 +82,7 @@ def typical_ranks(parallel: ParallelConfig) -> list[int]:
 
 
 def _model_config(cfg: Config) -> Mapping[str, Any]:
-    own = Path(cfg.model.path) / "config.json"
+    own = companions_for(Path(cfg.model.path), cfg.model.hf) / "config.json"
     published = conf_dir() / cfg.model.published if cfg.model.published else None
     for file in (own, published):
         if file is not None and file.is_file():

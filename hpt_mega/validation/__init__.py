@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
+from hpt_mega.checkpoint.model_folder import read_model
 from hpt_mega.config import Config, ConfigError
 from hpt_mega.validation import data, layout, model, objective, optimizer, precision, rollout, run, values
 from hpt_mega.validation.run import is_unfinished
@@ -22,7 +22,7 @@ def validate(cfg: Config) -> None:
 
     Reads the model's config.json, the run folder and the environment (torchrun, SLURM, number of GPUs).
     """
-    shape, problems = model.read(Path(cfg.model.path))
+    shape, problems = read_model(cfg.model)
     found = [
         *problems,
         *data.files(cfg),
@@ -39,7 +39,7 @@ def validate(cfg: Config) -> None:
 
 def missing_here(cfg: Config) -> list[str]:
     """What the config names and this machine does not have: the model's folder, data files, an engine."""
-    return [*model.read(Path(cfg.model.path))[1], *data.files(cfg), *rollout.engine(cfg)]
+    return [*read_model(cfg.model)[1], *data.files(cfg), *rollout.engine(cfg)]
 
 
 def contradictions(cfg: Config, shape: Mapping[str, Any]) -> list[str]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
+from hpt_mega.checkpoint.megatron_folder import is_megatron
 from hpt_mega.config import Config
 from hpt_mega.validation.layout import divisors
 
@@ -33,6 +35,12 @@ def servers(cfg: Config, shape: Mapping[str, Any]) -> Iterator[str]:
         yield (
             f"parallel.ep x etp is {ranks} and rollout.engine {rollout.engine}: a server is brought the "
             "weights of one replica, which lacks the others' experts; set both to 1, or rollout=megatron"
+        )
+    if is_megatron(Path(cfg.model.path)):
+        yield (
+            f"model.path={cfg.model.path} is a Megatron checkpoint and rollout.engine "
+            f"{rollout.engine}, which starts from a Hugging Face folder; make one by `hpt convert "
+            "megatron-to-hf`, or set rollout=megatron"
         )
     if rollout.temperature not in (0.0, 1.0) and rollout.top_p < 1:
         yield (

@@ -36,7 +36,12 @@ class Fusion:
 
     def fuse(self, tensors: Sequence[Tensor], shape: ModelShape) -> Tensor:
         """The whole Megatron parameter, from the Hugging Face tensors of its row in order."""
-        return tensors[0]
+        blocks = self.fused_blocks(tensors, shape)
+        return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=self.dim or 0)
+
+    def fused_blocks(self, tensors: Sequence[Tensor], shape: ModelShape) -> list[Tensor]:
+        """The whole Megatron parameter as its blocks, which are no copies where they are the tensors."""
+        return [tensors[0]]
 
     def split(self, whole: Tensor, shape: ModelShape) -> list[Tensor]:
         """The Hugging Face tensors, from the whole Megatron parameter."""
@@ -44,7 +49,7 @@ class Fusion:
 
     def shard(self, tensors: Sequence[Tensor], shape: ModelShape, rank: int, size: int) -> Tensor:
         """The part of tensor-parallel rank `rank` of `size`, from whole Hugging Face tensors."""
-        pieces = [piece for _, piece in self.pieces(self.fuse(tensors, shape), rank, size)]
+        pieces = [piece for _, piece in self.pieces(self.fused_blocks(tensors, shape), rank, size)]
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=self.dim or 0)
 
     def merge(self, shards: Sequence[Tensor], shape: ModelShape) -> list[Tensor]:
@@ -65,22 +70,24 @@ class Fusion:
         local = self.split(part, shape)
         return [Piece(i, self.dim, rank * t.shape[self.dim], t) for i, t in enumerate(local)]
 
-    def pieces(self, whole: Tensor, rank: int, size: int) -> list[tuple[int, Tensor]]:
-        """A rank's pieces of the whole, as views, with where each begins along `dim`.
+    def pieces(self, blocks: Sequence[Tensor], rank: int, size: int) -> list[tuple[int, Tensor]]:
+        """A rank's pieces of the whole's blocks, as views, with where each begins in the whole along `dim`.
 
         Raises ValueError where the dimension has no `size` equal parts.
         """
         if self.dim is None:
-            return [(0, whole)]
-        length = whole.shape[self.dim] // self.blocks
+            return [(0, blocks[0])]
+        length = blocks[0].shape[self.dim]
         if length % size:
             raise ValueError(
-                f"{list(whole.shape)} cannot be cut into {size} equal parts along dimension {self.dim}"
-                + (f" of {self.blocks} blocks" if self.blocks > 1 else "")
+                f"{len(blocks)} x {list(blocks[0].shape)} cannot be cut into {size} equal parts along "
+                f"dimension {self.dim}"
             )
         part = length // size
-        starts = [block * length + rank * part for block in range(self.blocks)]
-        return [(start, whole.narrow(self.dim, start, part)) for start in starts]
+        return [
+            (number * length + rank * part, block.narrow(self.dim, rank * part, part))
+            for number, block in enumerate(blocks)
+        ]
 
 
 class Replicated(Fusion):
@@ -127,7 +134,8 @@ class Vocabulary(Fusion):
         start = rank * len(part)
         return [Piece(0, 0, start, part[: max(0, shape.vocab_size - start)])]
 
-    def pieces(self, whole: Tensor, rank: int, size: int) -> list[tuple[int, Tensor]]:
+    def pieces(self, blocks: Sequence[Tensor], rank: int, size: int) -> list[tuple[int, Tensor]]:
+        (whole,) = blocks
         rows = padded_vocab_size(len(whole), size) // size
         part = whole[rank * rows : (rank + 1) * rows]
         if len(part) < rows:
@@ -140,9 +148,9 @@ class QueryKeyValue(Fusion):
 
     dim = 0
 
-    def fuse(self, tensors: Sequence[Tensor], shape: ModelShape) -> Tensor:
+    def fused_blocks(self, tensors: Sequence[Tensor], shape: ModelShape) -> list[Tensor]:
         by_group = [tensor.unflatten(0, (shape.num_query_groups, -1)) for tensor in tensors]
-        return torch.cat(by_group, dim=1).flatten(0, 1)
+        return [torch.cat(by_group, dim=1).flatten(0, 1)]
 
     def split(self, whole: Tensor, shape: ModelShape) -> list[Tensor]:
         sizes = self._sizes(shape)
@@ -172,8 +180,8 @@ class GateUp(Fusion):
     dim = 0
     blocks = 2
 
-    def fuse(self, tensors: Sequence[Tensor], shape: ModelShape) -> Tensor:
-        return torch.cat(list(tensors))
+    def fused_blocks(self, tensors: Sequence[Tensor], shape: ModelShape) -> list[Tensor]:
+        return list(tensors)
 
     def split(self, whole: Tensor, shape: ModelShape) -> list[Tensor]:
         return list(whole.chunk(2))
