@@ -1,4 +1,4 @@
-"""Whether the model's positions suffice for the lengths of the run; its folder is read by checkpoint/model_folder.py."""
+"""Whether the positions of the model suffice for the lengths of the run."""
 
 from __future__ import annotations
 
