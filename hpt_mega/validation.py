@@ -30,7 +30,7 @@ from hpt_mega.rewards.pool import KINDS, is_kind
 from hpt_mega.scheduler import gate
 from hpt_mega.telemetry.loggers import problems as logger_problems
 
-ENGINES = ("megatron", "vllm")
+ENGINES = ("megatron", "vllm", "sglang")
 PRECISIONS = ("bf16", "fp32")
 SCHEDULES = ("constant", "cosine", "linear")
 RESUME = ("never", "auto")
@@ -104,7 +104,8 @@ def _numbers(cfg: Config) -> Problems:
         "reward.memory_mib evaluation.samples evaluation.top_p "
         "rollout.max_new_tokens rollout.max_sequences rollout.top_p rollout.server.tp "
         "rollout.server.kv_cache_gib rollout.server.gpu_memory_share rollout.server.bucket_mib "
-        "rollout.server.start_deadline_s rollout.server.request_deadline_s "
+        "rollout.server.start_deadline_s rollout.server.request_deadline_s rollout.server.engines "
+        "rollout.server.update_deadline_s rollout.server.answer_deadline_s "
         "optimizer.lr critic.lr critic.clip trainer.steps trainer.updates_per_step "
         "trainer.questions_per_step trainer.tokens_per_microbatch trainer.keep_checkpoints "
         "trainer.deadline_s"
@@ -199,6 +200,13 @@ def _files(cfg: Config) -> Problems:
             "rollout.engine is vllm, which is not installed; on GPUs `pip install -e '.[vllm]'`, without one "
             "`make .venv/.vllm`, or set rollout=megatron"
         )
+    if cfg.rollout.engine == "sglang" and not torch.cuda.is_available():
+        yield (
+            "rollout.engine is sglang, whose kernels need a GPU, and torch sees none here; set rollout=vllm, "
+            "which has a CPU build, or rollout=megatron"
+        )
+    elif cfg.rollout.engine == "sglang" and importlib.util.find_spec("sglang") is None:
+        yield "rollout.engine is sglang, which is not installed; `pip install -e '.[sglang]'`"
 
 
 def _layout(cfg: Config, shape: Mapping[str, Any]) -> Problems:
@@ -447,13 +455,20 @@ def _servers(cfg: Config, shape: Mapping[str, Any]) -> Problems:
         )
     if rollout.temperature not in (0.0, 1.0) and rollout.top_p < 1:
         yield (
-            f"rollout.temperature is {rollout.temperature} and top_p {rollout.top_p}: vLLM then reports "
+            f"rollout.temperature is {rollout.temperature} and top_p {rollout.top_p}: servers report "
             "log-probabilities after the truncation, which the objective cannot use; set one of them to 1"
         )
     heads = shape.get("num_attention_heads")
     if heads and heads % rollout.server.tp:
         fitting = _divisors(heads, heads)
         yield f"rollout.server.tp is {rollout.server.tp} and the model has {heads} heads; expected {fitting}"
+    parallel, wanted = cfg.parallel, rollout.server.engines * rollout.server.tp
+    gpus = parallel.tp * parallel.cp * parallel.pp
+    if torch.cuda.is_available() and wanted > gpus:
+        yield (
+            f"rollout.server.engines x tp is {rollout.server.engines} x {rollout.server.tp} = {wanted} and a "
+            f"replica has {gpus} GPUs, those of its ranks; lower one of them"
+        )
 
 
 def _gate_fits(row: Row, rollouts: bool, demonstrations: bool, gate_name: str) -> Problems:
