@@ -74,6 +74,7 @@ class _Batch:
     prompts: Sequence[Sequence[int]]
     sampling: SamplingParams
     answers: dict[int, list[Sample]] = field(default_factory=dict)
+    given_up: str = ""  # why
 
 
 @dataclass(frozen=True)
@@ -136,9 +137,9 @@ class Fleet:
             if policy_version is not None:
                 self._state.announce(policy_version)
             while True:
-                self._check_hope()
                 if refused := self._state.refused():
                     raise self._error(f"weights of version {self._state.target} refused", refused)
+                self._check_hope()
                 wanting = self._state.wants_weights()
                 if (wanting or self._ready()) and not self._state.is_first_start():
                     break
@@ -190,7 +191,8 @@ class Fleet:
             batch = self._batches[number]
             while len(batch.answers) < len(batch.prompts):
                 self._check_hope()
-                self._check_batch(number)
+                if batch.given_up:
+                    raise EngineError(batch.given_up)
                 if time.monotonic() > until or self._state.wants_weights():
                     return None
                 self._wait()
@@ -314,6 +316,7 @@ class Fleet:
             with self._changed:
                 if self._closed:
                     return
+                self._give_up()
                 while ticket := self._state.deal(time.monotonic()):
                     self._send(ticket)
                 late = self._state.overdue(time.monotonic())
@@ -358,13 +361,14 @@ class Fleet:
         if not self._state.has_hope():
             raise self._error("no engine is left", list(self._engines))
 
-    def _check_batch(self, number: int) -> None:
-        """Give the batch up where one of its prompts was tried too often. Raises EngineError then."""
+    def _give_up(self) -> None:
+        """End the batches of which a prompt was tried too often; whoever waits for them is told."""
         for request, why in self._state.hopeless().items():
-            if isinstance(request, _Request) and request.batch == number:
-                batch = self._batches.pop(number)
-                self._state.cancel(_Request(number, index) for index in range(len(batch.prompts)))
-                raise EngineError(f"{request} {why}")
+            assert isinstance(request, _Request)
+            batch = self._batches[request.batch]
+            batch.given_up = f"{request} {why}"
+            self._state.cancel(_Request(request.batch, index) for index in range(len(batch.prompts)))
+            self._changed.notify_all()
 
     def _send(self, ticket: Ticket) -> None:
         request, version = ticket.request, self._state.version(ticket.engine)
