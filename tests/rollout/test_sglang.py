@@ -23,9 +23,12 @@ from torch import Tensor
 from hpt_mega.checkpoint.safetensors import Spec
 from hpt_mega.resharding.planner import Plan, plan_update
 from hpt_mega.resharding.transport import SharedBuckets
+from hpt_mega.rollout import sglang
 from hpt_mega.rollout.dispatch import Fleet
 from hpt_mega.rollout.engine import EngineError, Sample, SamplingParams
 from hpt_mega.rollout.fleet import Limits
+from hpt_mega.rollout.handle import EngineClient
+from hpt_mega.rollout.process import free_port
 from hpt_mega.rollout.sglang import Launch, Settings, SGLangEngine
 
 pytestmark = pytest.mark.timeout(120)
@@ -375,19 +378,25 @@ def launch(tmp_path: Path) -> Callable[[str], Launch]:
     )
 
 
-def bring(fleet: Fleet, trainer: Trainer, announced: int | None) -> None:
+def bring(
+    fleet: Fleet, trainer: Trainer, announced: int | None, half_way: Callable[[], None] = lambda: None
+) -> None:
     """Streams version 1 to the engines that lack it."""
     while (intakes := fleet.begin_update(announced, 5.0)) != []:
         announced = None
-        for intake in intakes or []:
+        if intakes is None:
+            continue
+        for intake in intakes:
             intake.begin_update()
-        for index in range(len(trainer.plan.buckets) if intakes else 0):
+        for index in range(len(trainer.plan.buckets)):
             trainer.fill(index, 0)
-            for intake in intakes or []:
+            if index == 2:
+                half_way()
+            for intake in intakes:
                 intake.load(index, [])
-        for intake in intakes or []:
+        for intake in intakes:
             intake.finish_update(1)
-        fleet.end_update(intakes or [], 1, lambda client: 0.0)
+        fleet.end_update(intakes, 1, lambda client: 0.0)
 
 
 def collect(fleet: Fleet, trainer: Trainer, prompts: list[list[int]]) -> list[list[Sample]]:
@@ -397,27 +406,55 @@ def collect(fleet: Fleet, trainer: Trainer, prompts: list[list[int]]) -> list[li
     return samples
 
 
-def test_our_own_servers_are_a_fleet_that_survives_a_kill(
+def test_our_own_servers_are_a_fleet_that_survives_kills_and_hangs(
     launch: Callable[[str], Launch], trainer: Trainer, tmp_path: Path
 ) -> None:
     limits = Limits(60.0, 20.0, 20.0, 20.0, 0.1, 1.0, failures=3, updates=2, attempts=4, slots=2)
-    engines = {
-        name: SGLangEngine(name, SETTINGS, tmp_path / f"{name}.log", launch=launch("tiny"))
+    settings = replace(SETTINGS, control_s=2.0)
+    ash, elm = (
+        SGLangEngine(name, settings, tmp_path / f"{name}.log", launch=launch("tiny"))
         for name in ("ash", "elm")
-    }
+    )
     prompts = [[3, q] for q in range(12)]
-    introduce = lambda client: client.connect(trainer.shared.path, trainer.plan)  # noqa: E731
-    with Fleet(engines, limits, heartbeat_s=0.2, introduce=introduce) as fleet:
-        bring(fleet, trainer, 1)
+
+    def introduce(client: EngineClient) -> None:
+        client.connect(trainer.shared.path, trainer.plan)
+
+    with Fleet({"ash": ash, "elm": elm}, limits, heartbeat_s=0.2, introduce=introduce) as fleet:
+        bring(fleet, trainer, 1, half_way=lambda: os.kill(server_pid(elm), signal.SIGKILL))
         before = collect(fleet, trainer, prompts)
-        commands = Path(f"/proc/{server_pid(engines['ash'])}/cmdline").read_text()
-        assert engines["ash"]._key not in commands and not list(tmp_path.glob("*.yaml"))
+        assert [len(group) for group in before] == [SAMPLING.n] * 12
+        while fleet.health():  # until elm is back
+            assert collect(fleet, trainer, prompts) == before
+        commands = Path(f"/proc/{server_pid(ash)}/cmdline").read_text()
+        assert ash._key not in commands and not list(tmp_path.glob("*.yaml"))
         assert (tmp_path / "ash.log").stat().st_mode & 0o77 == 0
-        os.kill(server_pid(engines["ash"]), signal.SIGKILL)
+        os.kill(server_pid(ash), signal.SIGSTOP)
         assert collect(fleet, trainer, prompts) == before
-        pids = [server_pid(engine) for engine in engines.values() if engine.alive() == ""]
+        assert "engine ash" in fleet.health() and "gave no answer to /health within 2 s" in fleet.health()
+        os.kill(server_pid(elm), signal.SIGKILL)
+        assert collect(fleet, trainer, prompts) == before
+        pids = [server_pid(engine) for engine in (ash, elm) if engine.alive() == ""]
     assert pids
     assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+
+
+def test_a_server_whose_port_is_taken_is_started_on_another(
+    launch: Callable[[str], Launch], trainer: Trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Taken by a server of somebody else's, which answers, but not to our key."""
+    stranger = sglang_contract.serve(sglang_contract.Contract("another key"))
+    ports = [stranger.server_port]
+    monkeypatch.setattr(sglang, "free_port", lambda: ports.pop() if ports else free_port())
+    ash = SGLangEngine("ash", SETTINGS, tmp_path / "ash.log", launch=launch("tiny"))
+    limits = Limits(60.0, 20.0, 20.0, 20.0, 0.1, 1.0, failures=3, updates=2, attempts=4, slots=2)
+    with Fleet({"ash": ash}, limits, heartbeat_s=0.2, introduce=lambda client: None) as fleet:
+        while (intakes := fleet.begin_update(1, 30.0)) is None:
+            pass
+        fleet.end_update(intakes, 1, lambda client: 0.0)
+    assert "Address already in use" in (tmp_path / "ash.log").read_text()
+    stranger.shutdown()
+    stranger.server_close()
 
 
 def server_pid(engine: SGLangEngine) -> int:
