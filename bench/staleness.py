@@ -17,6 +17,7 @@ from pathlib import Path
 
 from hpt_mega.replay import read_batches
 from hpt_mega.telemetry.records import read
+from hpt_mega.trajectory import Source
 from tests.toy import save_toy, settings
 
 STEPS, WARM_UP = 16, 4
@@ -29,8 +30,8 @@ def train(model: Path, root: Path, staleness: int) -> tuple[list[float], list[in
     command = [
         *(sys.executable, "-m", "hpt_mega.cli", "train", *settings(model)),
         *(f"run_dir={run_dir}", f"debug.save={kept}", f"trainer.steps={STEPS}", "parallel=single"),
-        *("rollout=vllm", f"rollout.staleness={staleness}", "precision=fp32", "algorithm=dr_grpo"),
-        *("gate=rollouts", "trainer.deterministic=false", "trainer.questions_per_step=8"),
+        *("rollout=vllm", f"rollout.staleness={staleness}", "precision=fp32", "gate=both"),
+        *("trainer.deterministic=false", "trainer.questions_per_step=8"),
         *("rollout.rollouts_per_question=8", "rollout.max_new_tokens=64", "rollout.server.bucket_mib=8"),
     ]
     subprocess.run(command, check=True, timeout=600)
@@ -39,8 +40,9 @@ def train(model: Path, root: Path, staleness: int) -> tuple[list[float], list[in
         step - 1 - trajectory.policy_version
         for step, batch in read_batches(kept).items()
         for trajectory in batch
+        if trajectory.source is Source.ONLINE
     ]
-    assert len(ages) == STEPS * 64, f"{len(ages)} trajectories were trained on, expected {STEPS * 64}"
+    assert len(ages) == STEPS * 64, f"{len(ages)} rollouts were trained on, expected {STEPS * 64}"
     assert max(ages) <= staleness, f"a sample lagged {max(ages)} steps behind, the bound is {staleness}"
     return [record["timing"]["step"] for record in records], ages
 

@@ -12,6 +12,7 @@ import psutil
 import pytest
 
 from hpt_mega.replay import read_batches
+from hpt_mega.trajectory import Source
 from tests import toy
 
 pytest.importorskip("vllm", reason="vLLM is not installed: make .venv/.vllm")
@@ -49,7 +50,7 @@ def test_a_run_outlives_a_server_loses_no_sample_and_trains_on_none_older_than_t
     model, run_dir = toy.save_toy(tmp_path / "model", head_dim=32), tmp_path / "run"
     more = ("rollout.staleness=1", "rollout.server.engines=2", f"debug.save={tmp_path / 'trained.jsonl'}")
     process = subprocess.Popen(
-        command(model, run_dir, "algorithm=dr_grpo", "gate=rollouts", *more),
+        command(model, run_dir, "gate=both", *more),
         text=True,
         stderr=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -77,7 +78,8 @@ def test_a_run_outlives_a_server_loses_no_sample_and_trains_on_none_older_than_t
     assert json.loads((run_dir / "summary.json").read_text())["policy_version"] == STEPS
     batches = read_batches(tmp_path / "trained.jsonl")
     for step in range(1, STEPS + 1):
-        assert sorted(t.group for t in batches[step]) == [0, 0, 1, 1]  # two questions, two rollouts each
-        assert all(step - 2 <= t.policy_version < step for t in batches[step])
+        drawn = [t for t in batches[step] if t.source is Source.ONLINE]
+        assert sorted(t.group for t in drawn) == [0, 0, 1, 1]  # two questions, two rollouts each
+        assert all(step - 2 <= t.policy_version < step for t in drawn)
     _, alive = psutil.wait_procs(family, timeout=20)
     assert not alive
