@@ -149,15 +149,14 @@ def row(name: str, said: str, seconds: float, count: str, back: str) -> str:
     return line
 
 
-def with_two(one: Bench) -> list[str]:
-    """Faults of one of two servers."""
-    lines = []
+def with_two(one: Bench) -> Iterator[str]:
+    """The table's lines of faults of one of two servers."""
     began = time.monotonic()
     one.update()
     ready = time.monotonic() - began
     began = time.monotonic()
     expected = one.collect()
-    lines.append(row("none", "", time.monotonic() - began, counted(expected, expected), f"{ready:.1f} s"))
+    yield row("none", "", time.monotonic() - began, counted(expected, expected), f"{ready:.1f} s")
     faults = [
         ("SIGKILL during generation", lambda: after_a_moment(one.process(1).kill), False),
         ("SIGKILL of its worker", lambda: after_a_moment(one.process(1).children()[-1].kill), False),
@@ -175,17 +174,15 @@ def with_two(one: Bench) -> list[str]:
         else:
             groups = one.collect()
             told, seconds = trouble_of(one), time.monotonic() - began
-        lines.append(row(name, told, seconds, counted(groups, expected), f"{one.recover():.1f} s"))
-    return lines
+        yield row(name, told, seconds, counted(groups, expected), f"{one.recover():.1f} s")
 
 
 def stop(process: psutil.Process) -> None:
     process.suspend()
 
 
-def at_start(policy: Policy, folders: tuple[Path, Path], scratch: Path, expected: int) -> list[str]:
-    """Faults while a lone server starts: it is killed, its port is taken, its model is gone."""
-    lines = []
+def at_start(policy: Policy, folders: tuple[Path, Path], scratch: Path, expected: int) -> Iterator[str]:
+    """Those of faults while a lone server starts: it is killed, its port is taken, its model is gone."""
     real = vllm.free_port
     taken = socket.socket()
     taken.bind(("127.0.0.1", 0))
@@ -207,7 +204,7 @@ def at_start(policy: Policy, folders: tuple[Path, Path], scratch: Path, expected
             one.update()
             seconds = time.monotonic() - began
             count = f"{sum(map(len, one.collect()))} of {expected}"
-            lines.append(row(name, said[0] if said else "", seconds, count, f"{seconds:.1f} s"))
+            yield row(name, said[0] if said else "", seconds, count, f"{seconds:.1f} s")
     vllm.free_port = real
     with bench(policy, folders, scratch, 1) as one:
         one.update()
@@ -219,16 +216,8 @@ def at_start(policy: Policy, folders: tuple[Path, Path], scratch: Path, expected
             raise AssertionError("samples from a server that cannot start")
         except EngineError as error:
             told = " / ".join(line for line in str(error).splitlines()[:3])
-        lines.append(
-            row(
-                "SIGKILL of the only server, and no model to start from",
-                told,
-                time.monotonic() - began,
-                "stops",
-                "-",
-            )
-        )
-    return lines
+        name = "SIGKILL of the only server, and no model to start from"
+        yield row(name, told, time.monotonic() - began, "stops", "-")
 
 
 def listen(one: Bench, said: list[str]) -> None:
@@ -246,28 +235,29 @@ def main() -> None:
     given = parser.parse_args()
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
     os.environ |= {"MASTER_PORT": str(vllm.free_port()), "GLOO_SOCKET_IFNAME": "lo"}
+    lines = [
+        "# Faults of servers",
+        "",
+        "`python bench/engine_faults.py`: real vLLMs (CPU build), small random Llama, one trainer rank;",
+        f"{len(PROMPTS)} prompts x {SAMPLING.n} samples. Deadlines: {LIMITS.update_s:g} s for a step of an",
+        f"update, {ANSWER_S:g} s for a sign of life. The first six rows are of two servers, of which the",
+        "second meets the fault, the others of a lone one. Seconds are those of the collection, update or start",
+        "that the fault met; `back` those until all servers served again, beside other work on the machine.",
+        "",
+        "| fault | what the fleet said | took | samples | back |",
+        "|---|---|---|---|---|",
+    ]
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
         folders = served.save_models(scratch, "llama", tied=True)
         policy = build_policy(folders[1], config(ParallelConfig(pp=1)), train=False)
         with bench(policy, folders, scratch, 2) as one:
-            lines = with_two(one)
-        lines += at_start(policy, folders, scratch, len(PROMPTS) * SAMPLING.n)
-    text = [
-        "# Faults of servers",
-        "",
-        "`python bench/engine_faults.py`: real vLLMs (CPU build), small random Llama, one trainer rank;",
-        f"{len(PROMPTS)} prompts x {SAMPLING.n} samples. Deadlines: {LIMITS.update_s:g} s for a step of an",
-        f"update, {ANSWER_S:g} s for a sign of life. The first five meet the second of two servers, the",
-        "others a lone one.",
-        "Seconds are those of the collection, update or start that the fault met; `back` those until all",
-        "servers served again, beside the load of other work on the machine.",
-        "",
-        "| fault | what the fleet said | took | samples | back |",
-        "|---|---|---|---|---|",
-        *lines,
-    ]
-    given.out.write_text("\n".join(text) + "\n")
+            for line in with_two(one):
+                lines.append(line)
+                given.out.write_text("\n".join(lines) + "\n")
+        for line in at_start(policy, folders, scratch, len(PROMPTS) * SAMPLING.n):
+            lines.append(line)
+            given.out.write_text("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":
