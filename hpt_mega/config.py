@@ -172,21 +172,24 @@ class RewardConfig:
 
 @dataclass
 class ServerConfig:
-    """The server of engine=vllm; each data-parallel replica owns one."""
+    """The servers of engine=vllm and sglang; each data-parallel replica owns its own."""
 
-    tp: int = 1  # tensor parallelism inside the server
+    engines: int = 1  # a replica's servers; the prompts of one that dies go to the others
+    tp: int = 1  # tensor parallelism inside a server
     kv_cache_gib: int = 1  # on CPU
     gpu_memory_share: float = 0.5  # on GPU: of its memory, for weights and KV cache
     bucket_mib: int = 64  # new weights travel in buckets of this size, two at a time
     # mean |log-probability by engine - by trainer| on known texts after an update; 0: the dtype's
     probe_bound: float = 0.0
     start_deadline_s: float = 300.0
-    request_deadline_s: float = 600.0
+    request_deadline_s: float = 600.0  # of a prompt with all its samples
+    update_deadline_s: float = 120.0  # of each step of a weight update: a bucket, the verification
+    answer_deadline_s: float = 30.0  # of anything else; a server that is silent for longer is started anew
 
 
 @dataclass
 class RolloutConfig:
-    engine: str = "megatron"  # megatron | vllm
+    engine: str = "megatron"  # megatron | vllm | sglang
     rollouts_per_question: int = 8
     max_new_tokens: int = 96
     temperature: float = 1.0

@@ -5,7 +5,6 @@ What a process does is in worker.py. By torchrun: `python -m hpt_mega.launch CON
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import re
@@ -18,12 +17,11 @@ from pathlib import Path
 from types import FrameType
 
 from hpt_mega.config import Config, save
+from hpt_mega.rollout.process import die_with_parent
 
 WORKER = "hpt_mega.worker"
 GRACE_S = 40.0  # torchrun gives its workers 30 s after SIGTERM before it kills them
 LOG_LINES = 12
-
-_PR_SET_PDEATHSIG = 1
 
 
 def launch(cfg: Config) -> int:
@@ -81,11 +79,6 @@ def _set_aside_finished_run(run_dir: Path) -> None:
         number += 1
     run_dir.rename(aside)
     print(f"{run_dir} held a finished run; it is {aside} now")
-
-
-def die_with_parent() -> None:
-    """Ask the kernel to SIGKILL this process when its parent dies, however it dies (Linux)."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _supervise(command: list[str], environment: dict[str, str], log: Path) -> int:

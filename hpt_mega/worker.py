@@ -39,8 +39,8 @@ from hpt_mega.rewards.pool import RewardPool  # noqa: E402
 from hpt_mega.rollout.engine import RolloutEngine  # noqa: E402
 from hpt_mega.rollout.megatron import MegatronEngine  # noqa: E402
 from hpt_mega.rollout.served import Probe, ServedEngine  # noqa: E402
+from hpt_mega.rollout.servers import build_fleet  # noqa: E402
 from hpt_mega.rollout.sync import WeightSync  # noqa: E402
-from hpt_mega.rollout.vllm import ServerSettings, VLLMServer  # noqa: E402
 from hpt_mega.scheduler.gate import gate  # noqa: E402
 from hpt_mega.telemetry.health import Health, stop_watching  # noqa: E402
 from hpt_mega.telemetry.metrics import PhaseTimer  # noqa: E402
@@ -156,7 +156,7 @@ def build_engine(
     shape: ModelShape,
     questions: Sequence[Question],
 ) -> RolloutEngine:
-    """The engine that rollout.engine names. A server is started, and serves the policy, when this returns."""
+    """The engine that rollout.engine names. Servers are started, and serve the policy, when this returns."""
     rollout = cfg.rollout
     model = learner.policy.module
     if rollout.engine == "megatron":
@@ -165,37 +165,19 @@ def build_engine(
         Trajectory(q.prompt_tokens, q.demonstration_tokens, index, Source.OFFLINE, 0)
         for index, q in enumerate(questions[:PROBE_TEXTS])
     ]
+    sync = WeightSync(model, family, shape, layout, rollout.server.bucket_mib << 20)
     engine = ServedEngine(
-        build_server(cfg, layout) if layout.is_leader else None,
-        WeightSync(model, family, shape, layout, rollout.server.bucket_mib << 20),
+        build_fleet(cfg, layout, sync) if layout.is_leader else None,
+        sync,
         layout,
         Probe(
             texts,
             lambda: learner.logprobs(texts),
             rollout.server.probe_bound or PROBE_BOUND[cfg.precision.dtype],
         ),
-        start_deadline_s=rollout.server.start_deadline_s,
     )
-    engine.start(policy_version=0)
+    engine.update_weights(policy_version=0)
     return engine
-
-
-def build_server(cfg: Config, layout: Layout) -> VLLMServer:
-    """A replica's server, not started."""
-    rollout = cfg.rollout
-    settings = ServerSettings(
-        model=Path(cfg.model.path),
-        dtype=str(DTYPES[cfg.precision.dtype]).removeprefix("torch."),
-        max_model_len=cfg.data.max_prompt_tokens + rollout.max_new_tokens,
-        max_sequences=rollout.max_sequences,
-        tp=rollout.server.tp,
-        seed=cfg.seed,
-        kv_cache_gib=rollout.server.kv_cache_gib,
-        gpu_memory_share=rollout.server.gpu_memory_share,
-        logp_at_temperature=rollout.temperature not in (0.0, 1.0),
-    )
-    log = Path(cfg.run_dir) / "logs" / f"engine{layout.dp_rank}.log"
-    return VLLMServer(str(layout.dp_rank), settings, log, rollout.server.request_deadline_s)
 
 
 def build_learner(cfg: Config, layout: Layout, model: PolicyModel, shape: ModelShape) -> Learner:

@@ -1,4 +1,4 @@
-"""`hpt train` with a real vLLM: two pipeline stages, a server that is killed, samples asked for ahead."""
+"""`hpt train` with two real vLLMs: two pipeline stages, a server killed, samples asked for ahead."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from hpt_mega.replay import read_batches
+from hpt_mega.trajectory import Source
 from tests import toy
 
 pytest.importorskip("vllm", reason="vLLM is not installed: make .venv/.vllm")
@@ -28,11 +30,10 @@ def command(model: Path, run_dir: Path, *more: str) -> list[str]:
     ]
 
 
-def server_of(process: subprocess.Popen[str]) -> psutil.Process:
-    """The server that a rank of the run has started."""
+def servers_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    """The servers that a rank of the run has started; not their guards."""
     children = psutil.Process(process.pid).children(recursive=True)
-    (server,) = [child for child in children if SERVER in child.cmdline()]
-    return server
+    return [child for child in children if child.cmdline()[1:3] == ["-m", SERVER]]
 
 
 def wait_for_step(run_dir: Path, step: int) -> None:
@@ -43,24 +44,30 @@ def wait_for_step(run_dir: Path, step: int) -> None:
 
 
 @pytest.mark.timeout(2 * DEADLINE_S)
-def test_a_run_outlives_its_server_and_trains_on_no_sample_older_than_the_bound(tmp_path: Path) -> None:
+def test_a_run_outlives_a_server_loses_no_sample_and_trains_on_none_older_than_the_bound(
+    tmp_path: Path,
+) -> None:
     model, run_dir = toy.save_toy(tmp_path / "model", head_dim=32), tmp_path / "run"
+    more = ("rollout.staleness=1", "rollout.server.engines=2", f"debug.save={tmp_path / 'trained.jsonl'}")
     process = subprocess.Popen(
-        command(model, run_dir, "rollout.staleness=1"),
+        command(model, run_dir, "gate=both", *more),
         text=True,
         stderr=subprocess.PIPE,
         stdout=subprocess.PIPE,
     )
     try:
         wait_for_step(run_dir, 2)
-        family = [server_of(process), *server_of(process).children(recursive=True)]
-        family[0].kill()
+        servers = servers_of(process)
+        family = [one for server in servers for one in (server, *server.children(recursive=True))]
+        servers[0].kill()
         output, errors = process.communicate(timeout=DEADLINE_S)
     finally:
         process.kill()
     assert process.returncode == 0, output + errors
+    assert len(servers) == 2
     records = toy.metrics(run_dir)
     assert [record["step"] for record in records] == list(range(STEPS + 1))
+    assert records[2]["sync/engines"] == 2
     for record in records[1:]:
         assert record["sync/probe_gap"] < 1e-4
         assert 0 <= record["staleness_max"] <= 1
@@ -69,5 +76,10 @@ def test_a_run_outlives_its_server_and_trains_on_no_sample_older_than_the_bound(
             assert record["logp_gap_max"] < 1e-3
     assert max(record["staleness_max"] for record in records[1:]) == 1
     assert json.loads((run_dir / "summary.json").read_text())["policy_version"] == STEPS
+    batches = read_batches(tmp_path / "trained.jsonl")
+    for step in range(1, STEPS + 1):
+        drawn = [t for t in batches[step] if t.source is Source.ONLINE]
+        assert sorted(t.group for t in drawn) == [0, 0, 1, 1]  # two questions, two rollouts each
+        assert all(step - 2 <= t.policy_version < step for t in drawn)
     _, alive = psutil.wait_procs(family, timeout=20)
     assert not alive

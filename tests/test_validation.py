@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 
@@ -133,6 +134,23 @@ def test_a_layout_that_does_not_fit_the_experts_is_named(
     fixed = (f"model.path={folder}", f"run_dir={tmp_path}/run", "trainer.questions_per_step=12")
     assert expected in problems(*fixed, *overrides)
     assert problems(*fixed, "parallel.ep=2", "parallel.dp=2") == ""
+
+
+def test_sglang_is_refused_where_there_is_no_gpu_and_servers_where_there_are_too_few(
+    model_folder: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fixed = (f"model.path={model_folder()}", f"run_dir={tmp_path}/run", "rollout=sglang", "parallel.pp=2")
+    said = problems(*fixed)
+    assert said.startswith("1 problem") and "kernels need a GPU, and torch sees none here" in said
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "sglang" else object())
+    assert "sglang, which is not installed" in problems(*fixed)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    assert problems(*fixed, "rollout.server.engines=2") == ""
+    assert "engines x tp is 3 x 1 = 3 and a replica has 2 GPUs" in problems(
+        *fixed, "rollout.server.engines=3"
+    )
+    assert "engines is 0, expected above 0" in problems(*fixed, "rollout.server.engines=0")
 
 
 def test_all_problems_are_listed_at_once(model_folder: MakeModel, tmp_path: Path) -> None:

@@ -22,7 +22,6 @@ ROUTES = (
     "/health",
     "/model_info",
     "/generate",
-    "/abort_request",
     "/flush_cache",
     "/pause_generation",
     "/continue_generation",
@@ -35,7 +34,6 @@ ROUTES = (
     "/init_weights_update_group",
     "/destroy_weights_update_group",
     "/update_weight_version",
-    "/weights_checker",
 )
 FLAGS = (
     "model_path",

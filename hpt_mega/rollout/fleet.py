@@ -4,9 +4,9 @@ What starts, asks and updates the engines is in dispatch.py.
 
     DEAD --begin_start--> STARTING --started--> STALE --begin_update--> UPDATING --verified--> READY
 
-    UPDATING --rejected--> STALE   the weights arrived wrong: again, a bounded number of times
-    READY ---announce----> STALE   the trainer has newer weights (withdraw: its weights are not for use)
-    any but DEAD --failed--> DEAD  it died, or a deadline found it wanting
+    UPDATING --rejected--> STALE   its weights are not the trainer's: again, a bounded number of times
+    READY ---announce----> STALE   the trainer has newer weights
+    any but DEAD --failed--> DEAD  it died, took the weights by half, or a deadline found it wanting
 
 The transitions that are missing are the point:
 
@@ -18,18 +18,19 @@ The transitions that are missing are the point:
 - READY does not lead to READY at a newer version: without a verified sync the version is a mere label.
 
 What an engine says is heard only under the ticket it was asked with. A ticket ends with its answer or with
-its engine's death, so that an answer which comes late (to a request that another engine has by then) counts
-for nothing, and every request is answered once.
+its engine's death or rejection, so that an answer which comes late (to a request that another engine has by
+then) counts for nothing, and every request is answered once. An update does not end the tickets of requests:
+they go on under the new weights. But an answer of an engine that is UPDATING must wait for the verdict on its
+weights: part of it may have been drawn with them.
 """
 
 from __future__ import annotations
 
 import enum
+import math
 from collections import deque
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
-
-from hpt_mega.rollout.engine import EngineError
 
 
 class State(enum.Enum):
@@ -42,13 +43,6 @@ class State(enum.Enum):
     DEAD = "dead"
 
 
-class Action(enum.Enum):
-    """What an engine needs now."""
-
-    START = "start"
-    UPDATE = "update"
-
-
 class TransitionError(RuntimeError):
     """A transition that the machine does not have: a fault of its driver."""
 
@@ -58,7 +52,7 @@ class Limits:
     """Deadlines in seconds, and how often a thing is tried. Raises ValueError where one is not positive."""
 
     start_s: float
-    update_s: float
+    update_s: float  # of one step of an update
     request_s: float
     silence_s: float  # without a sign of life from an engine that serves or waits
     backoff_s: float  # between a death and the next start; doubles with each further death in a row
@@ -109,7 +103,6 @@ class FleetState:
         self.limits = limits
         self._engines = {name: _Engine() for name in engines}
         self._target: int | None = None
-        self._resting = False
         self._tickets = 0
         self._waiting: deque[Hashable] = deque()
         self._attempts: dict[Hashable, list[str]] = {}  # of unanswered requests: why each attempt failed
@@ -136,28 +129,45 @@ class FleetState:
         engine = self._engines[ticket.engine]
         return engine.task == ticket or ticket in engine.dealt
 
+    def must_wait(self, ticket: Ticket) -> bool:
+        """Whether an answer under this ticket is not to be taken yet."""
+        engine = self._engines[ticket.engine]
+        return ticket in engine.dealt and engine.state is State.UPDATING
+
     def unanswered(self) -> set[Hashable]:
         return set(self._attempts)
 
-    def due(self, now: float) -> list[tuple[str, Action]]:
-        """What the engines need at this time, in their order."""
-        wanted: list[tuple[str, Action]] = []
-        for name, engine in self._engines.items():
-            if self._resting:
-                break
-            if engine.state is State.DEAD and engine.start_at is not None and engine.start_at <= now:
-                wanted.append((name, Action.START))
-            if engine.state is State.STALE and self._target is not None and not self._refused(engine):
-                wanted.append((name, Action.UPDATE))
-        return wanted
+    def wants_weights(self) -> list[str]:
+        """Engines that are ready for an update."""
+        return [
+            name
+            for name, engine in self._engines.items()
+            if engine.state is State.STALE and self._target is not None and not self._refused(engine)
+        ]
+
+    def is_first_start(self) -> bool:
+        """Whether an engine is on its way that has not failed yet: it is worth the wait."""
+        return any(
+            engine.state in (State.DEAD, State.STARTING) and not engine.failures
+            for engine in self._engines.values()
+        )
+
+    def due(self, now: float) -> list[str]:
+        """The engines to be started at this time."""
+        return [
+            name
+            for name, engine in self._engines.items()
+            if engine.state is State.DEAD and engine.start_at is not None and engine.start_at <= now
+        ]
 
     def next_change(self) -> float | None:
         """When something comes due or expires, if nothing is heard before; None where nothing will."""
         times: list[float] = []
         for engine in self._engines.values():
             if engine.state is not State.DEAD:
-                times += [engine.must_end_by, *engine.dealt.values()]
-            elif engine.start_at is not None and not self._resting:
+                times += [engine.must_end_by]
+                times += engine.dealt.values() if engine.state is not State.UPDATING else []
+            elif engine.start_at is not None:
                 times.append(engine.start_at)
         return min(times, default=None)
 
@@ -187,7 +197,7 @@ class FleetState:
 
     def begin_start(self, engine: str, now: float) -> Ticket:
         """The engine is being started. Raises TransitionError where it is not DEAD or not due."""
-        if (engine, Action.START) not in self.due(now):
+        if engine not in self.due(now):
             raise self._impossible(engine, "begin_start")
         return self._begin(engine, State.STARTING, now + self.limits.start_s)
 
@@ -199,11 +209,24 @@ class FleetState:
         self._settle(engine, State.STALE, now)
         return True
 
-    def begin_update(self, engine: str, now: float) -> Ticket:
-        """Weights go to the engine. Raises TransitionError where it is not STALE or nothing is announced."""
-        if (engine, Action.UPDATE) not in self.due(now):
+    def begin_update(self, engine: str) -> Ticket:
+        """Weights go to the engine, step by step: it is late only when the others wait for it.
+
+        Raises TransitionError where it is not STALE or nothing is announced.
+        """
+        if engine not in self.wants_weights():
             raise self._impossible(engine, "begin_update")
-        return self._begin(engine, State.UPDATING, now + self.limits.update_s)
+        return self._begin(engine, State.UPDATING, math.inf)
+
+    def step_begins(self, ticket: Ticket, now: float) -> None:
+        """The engine is asked for a step of its update."""
+        if engine := self._current(ticket):
+            engine.must_end_by = now + self.limits.update_s
+
+    def step_ended(self, ticket: Ticket) -> None:
+        """It has done it."""
+        if engine := self._current(ticket):
+            engine.must_end_by = math.inf
 
     def verified(self, ticket: Ticket, version: int, now: float) -> bool:
         """The engine was seen to hold the weights of `version`. True where it serves them from now on.
@@ -218,14 +241,20 @@ class FleetState:
         engine.version = version if serves else None
         engine.failures = engine.rejections = 0
         engine.why = engine.log = ""
+        for request in engine.dealt:  # they were held still
+            engine.dealt[request] = now + self.limits.request_s
         return serves
 
     def rejected(self, ticket: Ticket, why: str, log: str, now: float) -> bool:
-        """The update failed, or its verification; the engine lives. False where the ticket has ended."""
+        """The engine took the weights and failed their verification. False where the ticket has ended.
+
+        Its requests wait again: part of them may have been drawn with these weights.
+        """
         engine = self._current(ticket)
         if engine is None or engine.state is not State.UPDATING:
             return False
         self._settle(engine, State.STALE, now)
+        self._take_back(engine)
         engine.rejections += 1
         engine.why, engine.log = why, log
         return True
@@ -241,10 +270,9 @@ class FleetState:
         one = self._engines[engine]
         if one.state is State.DEAD:
             return
-        for ticket in reversed(one.dealt):
+        for ticket in one.dealt:
             self._attempts[ticket.request].append(f"{engine} died: {why}")
-            self._waiting.appendleft(ticket.request)
-        one.dealt.clear()
+        self._take_back(one)
         one.failures += 1
         one.start_at = (
             now + self.limits.backoff(one.failures) if one.failures < self.limits.failures else None
@@ -263,25 +291,12 @@ class FleetState:
     # Weights.
 
     def announce(self, version: int) -> None:
-        """The trainer has the weights of `version`; whatever serves another version stops to.
-
-        The same version may be announced again: its weights are then sent again.
-        """
+        """The trainer has the weights of `version`; whatever serves another version gets no new requests."""
         self._target = version
         for engine in self._engines.values():
             engine.rejections = 0
-        self._make_stale()
-
-    def withdraw(self) -> None:
-        """No weights are to be served and no engine started, until the next resume and announce."""
-        self._target, self._resting = None, True
-        self._make_stale()
-
-    def resume(self, now: float) -> None:
-        """Engines may be started again; silence is counted from now."""
-        self._resting = False
-        for name in self._engines:
-            self.heard(name, now)
+            if engine.state is State.READY and engine.version != version:
+                engine.state, engine.version = State.STALE, None
 
     # Requests.
 
@@ -293,13 +308,7 @@ class FleetState:
         self._waiting.append(request)
 
     def deal(self, now: float) -> Ticket | None:
-        """The first waiting request to the ready engine with the fewest requests; None where either lacks.
-
-        Raises EngineError where the request was tried Limits.attempts times.
-        """
-        if self._waiting and len(failures := self._attempts[self._waiting[0]]) >= self.limits.attempts:
-            told = "\n".join(f"  {failure}" for failure in failures)
-            raise EngineError(f"request {self._waiting[0]!r} failed {len(failures)} times:\n{told}")
+        """The first waiting request to the ready engine with the fewest requests; None where either lacks."""
         open_to = [
             (len(engine.dealt), name)
             for name, engine in self._engines.items()
@@ -311,8 +320,16 @@ class FleetState:
         self._engines[ticket.engine].dealt[ticket] = now + self.limits.request_s
         return ticket
 
+    def hopeless(self) -> dict[Hashable, str]:
+        """Requests that were tried Limits.attempts times in vain, and why each attempt failed."""
+        return {
+            request: f"failed {len(failures)} times:\n" + "\n".join(f"  {failure}" for failure in failures)
+            for request, failures in self._attempts.items()
+            if len(failures) >= self.limits.attempts
+        }
+
     def answered(self, ticket: Ticket, now: float) -> bool:
-        """An answer. True where it is the request's; False where it comes late and has to be dropped."""
+        """An answer that need not wait. True where it is the request's; False where it comes late."""
         engine = self._engines[ticket.engine]
         if engine.dealt.pop(ticket, None) is None:
             return False
@@ -321,17 +338,25 @@ class FleetState:
         return True
 
     def returned(self, ticket: Ticket, why: str) -> None:
-        """The request failed on an engine that lives; it waits again, first in the line."""
-        if self._engines[ticket.engine].dealt.pop(ticket, None) is not None:
-            self._attempts[ticket.request].append(f"{ticket.engine}: {why}")
+        """The request failed on an engine that lives; it waits again, first in the line.
+
+        Where the engine is about to get weights, that ended the request: no attempt is counted.
+        """
+        engine = self._engines[ticket.engine]
+        if engine.dealt.pop(ticket, None) is not None:
+            if engine.state is State.READY:
+                self._attempts[ticket.request].append(f"{ticket.engine}: {why}")
             self._waiting.appendleft(ticket.request)
 
-    def cancel(self) -> None:
-        """Forget all requests: their answers, if any come, are dropped."""
-        self._waiting.clear()
-        self._attempts.clear()
+    def cancel(self, requests: Iterable[Hashable]) -> None:
+        """Forget these requests: their answers, if any come, are dropped."""
+        gone = set(requests)
+        self._waiting = deque(request for request in self._waiting if request not in gone)
+        for request in gone:
+            self._attempts.pop(request, None)
         for engine in self._engines.values():
-            engine.dealt.clear()
+            for ticket in [one for one in engine.dealt if one.request in gone]:
+                del engine.dealt[ticket]
 
     # Parts.
 
@@ -352,24 +377,19 @@ class FleetState:
         self._tickets += 1
         return Ticket(self._tickets, engine, request)
 
-    def _make_stale(self) -> None:
-        for engine in self._engines.values():
-            if engine.state is not State.READY:
-                continue
-            engine.state, engine.version = State.STALE, None
-            for ticket in reversed(engine.dealt):  # not its fault: no attempt is counted
-                self._waiting.appendleft(ticket.request)
-            engine.dealt.clear()
+    def _take_back(self, engine: _Engine) -> None:
+        self._waiting.extendleft(ticket.request for ticket in reversed(engine.dealt))
+        engine.dealt.clear()
 
     def _overdue(self, engine: _Engine, now: float) -> str:
         late = [ticket.request for ticket, by in engine.dealt.items() if by <= now]
-        if late:
+        if late and engine.state is not State.UPDATING:
             return f"gave no answer to request {late[0]!r} within {self.limits.request_s:g} s"
-        if engine.must_end_by > now or (self._resting and engine.task is None):
+        if engine.must_end_by > now:
             return ""
         return {
             State.STARTING: f"did not start within {self.limits.start_s:g} s",
-            State.UPDATING: f"did not take its weights within {self.limits.update_s:g} s",
+            State.UPDATING: f"took over {self.limits.update_s:g} s for a step of its update",
         }.get(engine.state, f"gave no sign of life for {self.limits.silence_s:g} s")
 
     def _refused(self, engine: _Engine) -> bool:
@@ -378,5 +398,5 @@ class FleetState:
     def _impossible(self, engine: str, what: str) -> TransitionError:
         return TransitionError(
             f"{what} of engine {engine}, which is {self.state(engine).value} (announced version: "
-            f"{self._target}, resting: {self._resting})"
+            f"{self._target})"
         )

@@ -1,51 +1,49 @@
-"""What the fleet asks of an engine of its own: started, asked, given weights, ended. No engine lives here.
-
-An engine that serves many ranks at once keeps the protocol of engine.py instead.
-"""
+"""What the fleet asks of an engine: its life (EngineHandle), and its work (EngineClient). None lives here."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Protocol
 
-from torch import Tensor
-
+from hpt_mega.resharding.planner import Plan
+from hpt_mega.resharding.transport import Receiver
 from hpt_mega.rollout.engine import Sample, SamplingParams
 
-Bucket = Sequence[tuple[str, Tensor]]  # Hugging Face names and tensors, in the order in which they are sent
 
+class EngineClient(Receiver, Protocol):
+    """What a running engine does. Raises EngineError, with the log's end, where it does not do as asked.
 
-@dataclass(frozen=True)
-class Receipt:
-    """What an engine says it holds after an update: a checksum for each tensor, under the engine's names.
-
-    An engine that fuses and splits tensors names and hashes its own, which then compare with those of an
-    engine of the same kind and layout only.
+    Threads share a client: generate may run many times at once, and meets updates: what is in flight then
+    goes on under the new weights, and says so in its samples' policy_version, or ends with EngineError.
     """
 
-    policy_version: int
-    checksums: Mapping[str, str]
+    def connect(self, path: str, plan: Plan) -> None:
+        """Learn where the trainer's buckets are and what will come through them; once after each start."""
+        ...
+
+    def generate(self, prompts: Sequence[Sequence[int]], sampling: SamplingParams) -> list[list[Sample]]:
+        """`sampling.n` samples a prompt; prompt i is sampled with the seed sampling.seed + i * n."""
+        ...
+
+    def logp(self, prompt: Sequence[int], response: Sequence[int]) -> list[float]:
+        """Log-probabilities of the response's tokens at temperature 1, under the engine's weights."""
+        ...
+
+    def abort(self) -> None:
+        """End what is being generated; nothing is before the next update."""
+        ...
 
 
 class EngineHandle(Protocol):
-    """One engine. Its methods raise EngineError, with the log's end, where the engine does not do as asked.
+    """One engine, whether it runs or not."""
 
-    Threads share a handle: generate may run many times at once, and is ended by abort, update and close.
-    """
+    @property
+    def client(self) -> EngineClient:
+        """Of the engine as it was last started. Raises EngineError where it was not."""
+        ...
 
     def start(self, deadline_s: float) -> None:
         """Launch the engine, or find it where it runs already, and wait until it answers."""
-        ...
-
-    def generate(
-        self, prompts: Sequence[Sequence[int]], sampling: SamplingParams, policy_version: int
-    ) -> list[list[Sample]]:
-        """`sampling.n` samples a prompt, all by the weights of `policy_version`."""
-        ...
-
-    def update(self, buckets: Iterable[Bucket], policy_version: int) -> Receipt:
-        """Replace the weights. Where it fails, nothing is served before the next update succeeds."""
         ...
 
     def alive(self) -> str:
@@ -54,18 +52,6 @@ class EngineHandle(Protocol):
 
     def log_tail(self, lines: int) -> str:
         """The last lines of the engine's log."""
-        ...
-
-    def sleep(self) -> None:
-        """Give the memory back; the weights are lost."""
-        ...
-
-    def wake(self) -> None:
-        """Take the memory again; an update has to follow."""
-        ...
-
-    def abort(self) -> None:
-        """End what is being generated."""
         ...
 
     def close(self) -> None:

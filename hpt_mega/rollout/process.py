@@ -48,15 +48,22 @@ class OwnedProcess:
         return f"ended with exit code {code}" if code < 128 else f"was ended by signal {code - 128}"
 
     def close(self) -> None:
-        """End the server and its children; takes up to 2 * GRACE_S."""
+        """End the server and its children; takes up to 2 * GRACE_S. Further calls do nothing."""
         assert self._guard.stdin is not None
         self._guard.stdin.close()
         try:
             self._guard.wait(2 * GRACE_S)
         except subprocess.TimeoutExpired:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._guard.pid, signal.SIGKILL)
+            self._guard.kill()
             self._guard.wait()
+        for pid in _session(self._guard.pid):  # what a guard that was killed has left
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+
+def die_with_parent() -> None:
+    """Ask the kernel to SIGKILL this process when its parent's thread dies, however it dies (Linux)."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def free_port() -> int:
@@ -75,27 +82,32 @@ def tail(log: Path, lines: int) -> str:
         return "\n".join(file.read().decode(errors="replace").splitlines()[-lines:])
 
 
+def _session(leader: int) -> list[int]:
+    """The processes of the session that `leader` began (Linux)."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            about = stat.read_text().rpartition(")")[2].split()
+            if int(about[3]) == leader and about[0] != "Z":
+                found.append(int(stat.parent.name))
+    return found
+
+
 def _guard(command: Sequence[str]) -> int:
     """Run the command until it ends or our standard input does; its exit code, 128 + n for signal n.
 
     The command gets a process group of its own, which ends with it: no child is left behind.
     """
-    server = subprocess.Popen(
-        command,
-        stdin=subprocess.DEVNULL,
-        process_group=0,
-        preexec_fn=lambda: ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL),  # if we are killed
-    )
+    server = subprocess.Popen(command, stdin=subprocess.DEVNULL, process_group=0, preexec_fn=die_with_parent)
 
     def end() -> None:
         while os.read(0, 4096):
             pass
         with contextlib.suppress(ProcessLookupError):
             os.killpg(server.pid, signal.SIGTERM)
-            try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 server.wait(GRACE_S)
-            finally:
-                os.killpg(server.pid, signal.SIGKILL)
+            os.killpg(server.pid, signal.SIGKILL)
 
     threading.Thread(target=end, daemon=True).start()
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

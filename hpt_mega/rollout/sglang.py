@@ -12,18 +12,20 @@ import secrets
 import sys
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
+from hpt_mega.resharding.assembly import Assembly
+from hpt_mega.resharding.planner import Plan
+from hpt_mega.resharding.transport import SharedBuckets
 from hpt_mega.rollout import sglang_wire as wire
 from hpt_mega.rollout.engine import EngineError, Sample, SamplingParams
 from hpt_mega.rollout.exchange import ExchangeError, exchange
-from hpt_mega.rollout.handle import Bucket, Receipt
 from hpt_mega.rollout.process import OwnedProcess, free_port, tail
 
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -59,7 +61,7 @@ class Settings:
 
 
 class SGLangEngine:
-    """One server; an EngineHandle. Give `launch`, or the `url` and the `key` of a server that runs.
+    """One server; an EngineHandle and its client. Give `launch`, or `url` and `key` of a server that runs.
 
     Raises ValueError where both or neither are given, or where weights are to go through the memory of
     another host.
@@ -93,8 +95,15 @@ class SGLangEngine:
         self._awake = True  # and not paused: a health check is answered by generating a token
         self._session = False  # a weight update was begun and not ended
         self._group: wire.BroadcastGroup | None = None
+        self._plan: Plan | None = None
+        self._shared: SharedBuckets | None = None
+        self._assembly = Assembly()
 
     # The life of the server.
+
+    @property
+    def client(self) -> SGLangEngine:
+        return self
 
     def start(self, deadline_s: float) -> None:
         """Launch the server, or find it, and wait until it answers to our key. Raises EngineError."""
@@ -112,13 +121,12 @@ class SGLangEngine:
         # not an argument: those any user of the machine can list
         with os.fdopen(os.open(config, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
             json.dump({"api-key": self._key}, file)
+        command, environment = self._command(self._launch, port, config), self._environment(self._launch)
+        self._process = process = OwnedProcess(command, environment, self._log)
         try:
-            self._process = OwnedProcess(
-                self._command(self._launch, port, config), self._environment(self._launch), self._log
-            )
             self._await_answer(must_end_by, deadline_s)
         except EngineError:
-            self.close()
+            process.close()
             raise
         finally:
             config.unlink(missing_ok=True)
@@ -142,21 +150,21 @@ class SGLangEngine:
     def close(self) -> None:
         """End our server. One at a URL runs on, without our group."""
         self._leave_group()
-        if self._process is not None:
-            self._process.close()
-        self._process, self._version, self._session, self._awake = None, None, False, True
+        process, self._process = self._process, None
+        self._version, self._session, self._awake = None, False, True
+        if process is not None:
+            process.close()
 
     # Rollouts.
 
-    def generate(
-        self, prompts: Sequence[Sequence[int]], sampling: SamplingParams, policy_version: int
-    ) -> list[list[Sample]]:
+    def generate(self, prompts: Sequence[Sequence[int]], sampling: SamplingParams) -> list[list[Sample]]:
         """`sampling.n` samples a prompt; sample j of prompt i has seed sampling.seed + i * n + j."""
-        if policy_version != self._version:
-            raise self._error(f"holds weights of version {self._version}, asked for {policy_version}")
+        version = self._version
+        if version is None:
+            raise self._error("has no weights to sample with: its last update failed, or it had none")
         with ThreadPoolExecutor(_REQUESTS_AT_ONCE, thread_name_prefix=self.name) as pool:
             asked = [
-                pool.submit(self._sample, prompt, sampling, sampling.seed + index * sampling.n)
+                pool.submit(self._sample, prompt, sampling, sampling.seed + index * sampling.n, version)
                 for index, prompt in enumerate(prompts)
             ]
             return [one.result() for one in asked]
@@ -176,10 +184,13 @@ class SGLangEngine:
         return [entry[0] for entry in scored]
 
     def abort(self) -> None:
-        """End every request; their generate raises EngineError."""
-        self._post("/abort_request", {"abort_all": True}, self._settings.control_s)
+        """End every request: its generate raises EngineError. Nothing is generated before the next update."""
+        self._version, self._awake = None, False
+        self._post("/pause_generation", {"mode": "abort"}, self._settings.update_s)
 
-    def _sample(self, prompt: Sequence[int], sampling: SamplingParams, seed: int) -> list[Sample]:
+    def _sample(
+        self, prompt: Sequence[int], sampling: SamplingParams, seed: int, version: int
+    ) -> list[Sample]:
         """One request with n copies of the prompt: copies made by SGLang's own `n` would share a seed."""
         common = {
             "max_new_tokens": sampling.max_new_tokens,
@@ -194,9 +205,10 @@ class SGLangEngine:
             "sampling_params": [common | {"sampling_seed": (seed + j) % 2**62} for j in range(sampling.n)],
             "return_logprob": True,
         }
-        return [self._read(one, sampling) for one in self._post("/generate", body, self._settings.request_s)]
+        answers = self._post("/generate", body, self._settings.request_s)
+        return [self._read(one, sampling, version) for one in answers]
 
-    def _read(self, answer: dict[str, Any], sampling: SamplingParams) -> Sample:
+    def _read(self, answer: dict[str, Any], sampling: SamplingParams, version: int) -> Sample:
         about = answer["meta_info"]
         ended = about["finish_reason"]
         if ended["type"] not in ("stop", "length"):
@@ -211,63 +223,56 @@ class SGLangEngine:
             )
         versions = {str(span["version"]) for span in about.get("weight_versions", [])}
         versions.add(str(about["weight_version"]))
-        if versions != {str(self._version)}:
-            raise self._error(f"sampled with weights of {sorted(versions)}, expected {self._version}")
-        return Sample(tokens, logp, ended["type"] == "stop", int(about["weight_version"]))
+        if versions != {str(version)}:
+            raise self._error(f"sampled with weights of {sorted(versions)}, expected {version}")
+        return Sample(tokens, logp, ended["type"] == "stop", version)
 
     # Weights.
 
-    def update(self, buckets: Iterable[Bucket], policy_version: int) -> Receipt:
-        """Replace the weights; requests in flight are ended.
+    def connect(self, path: str, plan: Plan) -> None:
+        self._plan, self._shared = plan, SharedBuckets(path, plan.bucket_bytes)
 
-        The receipt holds SGLang's checksums of its own parameters, fused and split as it keeps them, by
-        "rank/name": to be compared between engines of one layout, or between versions. Where a step fails
-        the server stays paused and reports the version "unverified".
+    def begin_update(self) -> None:
+        """End what is in flight and begin the session that SGLang takes weights in.
+
+        Until finish_update has returned the server stays paused and reports the version "unverified".
         """
-        self._version, self._awake = None, False
-        control_s = self._settings.control_s
-        self._post("/pause_generation", {"mode": "abort"}, self._settings.update_s)
+        update_s = self._settings.update_s
+        self.abort()
         self._label("unverified")
-        with self._update_session():
-            for bucket in buckets:
-                if tensors := wire.aligned(bucket):
-                    self._send(tensors)
-        self._request("POST", "/flush_cache", None, control_s)
-        checked = self._post("/weights_checker", {"action": "checksum"}, self._settings.update_s)
-        checksums = {
-            f"{rank}/{name}": checksum
-            for rank, held in enumerate(checked["ranks"])
-            for name, checksum in held["checksums"].items()
-        }
+        if self._session:  # it begins none before the last is ended
+            self._post("/end_weight_update", {}, update_s)
+        self._post("/begin_weight_update", {"selector": "all"}, update_s)
+        self._session, self._assembly = True, Assembly()
+
+    def load(self, index: int, checksums: Sequence[str]) -> None:
+        """Send on what bucket `index` completes; read in our own process, so that checksums say nothing."""
+        if self._plan is None or self._shared is None:
+            raise self._error("was not told what weights will come; connect comes first")
+        bucket = self._plan.buckets[index]
+        try:
+            if tensors := wire.aligned(self._assembly.take(bucket, self._shared.buffer(index))):
+                self._send(tensors)
+        except EngineError:
+            self._leave_group()  # a broadcast that was given up leaves it unusable
+            raise
+
+    def finish_update(self, policy_version: int) -> None:
+        self._post("/end_weight_update", {}, self._settings.update_s)
+        self._session = False
+        self._request("POST", "/flush_cache", None, self._settings.control_s)
         self._label(str(policy_version))
-        self._post("/continue_generation", {}, control_s)
+        self._post("/continue_generation", {}, self._settings.control_s)
         self._version, self._awake = policy_version, True
-        return Receipt(policy_version, checksums)
 
     def sleep(self) -> None:
         """Give the GPU's memory back, weights and cache; what is in flight is ended."""
-        self._version, self._awake = None, False
-        self._post("/pause_generation", {"mode": "abort"}, self._settings.update_s)
+        self.abort()
         self._request("POST", "/release_memory_occupation", {}, self._settings.update_s)
 
     def wake(self) -> None:
         """Take the memory again; the server stays paused until the update."""
         self._request("POST", "/resume_memory_occupation", {}, self._settings.update_s)
-
-    @contextmanager
-    def _update_session(self) -> Iterator[None]:
-        """SGLang takes weights between begin and end only, and begins nothing that it did not end."""
-        if self._session:
-            self._post("/end_weight_update", {}, self._settings.update_s)
-        self._post("/begin_weight_update", {"selector": "all"}, self._settings.update_s)
-        self._session = True
-        try:
-            yield
-        except BaseException:
-            self._leave_group()  # a broadcast that was given up leaves it unusable
-            raise
-        self._post("/end_weight_update", {}, self._settings.update_s)
-        self._session = False
 
     def _send(self, tensors: list[tuple[str, wire.Tensor]]) -> None:
         flat = wire.flatten(tensors)

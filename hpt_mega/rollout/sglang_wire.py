@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import io
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from datetime import timedelta
 from multiprocessing.reduction import ForkingPickler
@@ -23,16 +23,15 @@ from torch.distributed import distributed_c10d as c10d
 from torch.multiprocessing import reductions
 
 from hpt_mega.rollout.engine import EngineError
-from hpt_mega.rollout.handle import Bucket
 
 LOAD_FORMAT = "flattened_bucket"
 _POLL_S = 0.001
 _DEVICE = 6  # rebuild_cuda_tensor's argument that names the device
 
 
-def aligned(bucket: Bucket) -> list[tuple[str, Tensor]]:
-    """The bucket with wide types first: the receiver views bytes in place, at multiples of their width."""
-    return sorted(bucket, key=lambda entry: -entry[1].dtype.itemsize)
+def aligned(tensors: Iterable[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
+    """Named tensors with wide types first: the receiver views bytes in place, at multiples of their width."""
+    return sorted(tensors, key=lambda entry: -entry[1].dtype.itemsize)
 
 
 def flatten(tensors: list[tuple[str, Tensor]]) -> Tensor:

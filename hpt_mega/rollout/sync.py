@@ -92,7 +92,7 @@ class WeightSync:
         dist.all_gather_object(hosts, socket.gethostname(), group=layout.replica_group)
         if len(set(hosts)) > 1:
             raise ValueError(
-                "rollout.engine=vllm is brought the weights through one machine's memory, and this replica's "
+                "servers are brought the weights through one machine's memory, and this replica's "
                 f"ranks are on {', '.join(sorted(set(hosts)))}; lower parallel.pp, or set rollout=megatron"
             )
         shared = SharedBuckets.create(bucket_bytes) if layout.is_leader else None

@@ -1,4 +1,4 @@
-"""A vLLM server that we own: started, asked for samples, given new weights, and ended, over loopback HTTP.
+"""A vLLM server as an engine of the fleet: started, asked, given new weights and ended, over loopback HTTP.
 
 What runs inside vLLM's processes is in vllm_plugin.py and vllm_worker.py. vLLM is not imported here.
 """
@@ -8,8 +8,6 @@ from __future__ import annotations
 import json
 import os
 import secrets
-import signal
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -23,15 +21,15 @@ import torch
 from hpt_mega.resharding.planner import Plan
 from hpt_mega.rollout.engine import EngineError, Sample, SamplingParams
 from hpt_mega.rollout.exchange import ExchangeError, exchange
-from hpt_mega.rollout.process import free_port, tail
-from hpt_mega.rollout.vllm_plugin import BACKEND, OWNED
+from hpt_mega.rollout.process import OwnedProcess, free_port, tail
+from hpt_mega.rollout.vllm_plugin import BACKEND
 
 _MODULE = "vllm.entrypoints.launchers.api_server.entry"
 _REQUESTS_AT_ONCE = 64
 _POLL_S = 0.25
-_GRACE_S = 5.0
+_LOOK_S = 5.0  # for an answer during the start
 _BEFORE_UPDATES = "default"  # vLLM's name of the weights it was started with
-_LONGEST_ANSWER_S = 30.0  # of the control endpoints that move no weights
+_LOG_LINES = 12
 
 
 @dataclass(frozen=True)
@@ -57,6 +55,7 @@ class VLLMClient:
     port: int
     key: str = field(repr=False)
     request_deadline_s: float
+    answer_deadline_s: float  # of what neither samples nor moves weights
     log: Path
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: SamplingParams) -> list[list[Sample]]:
@@ -81,12 +80,12 @@ class VLLMClient:
     def connect(self, path: str, plan: Plan) -> None:
         """Tell the engine where the trainer's buckets are and what will come through them."""
         info = {"path": path, "plan": plan.describe(), "digest": plan.digest}
-        self._post("/init_weight_transfer_engine", {"init_info": info}, _LONGEST_ANSWER_S)
+        self._post("/init_weight_transfer_engine", {"init_info": info}, self.answer_deadline_s)
 
     def begin_update(self) -> None:
         """Hold running requests still and make the model ready for new weights."""
-        self._post("/pause?mode=keep", {}, _LONGEST_ANSWER_S)
-        self._post("/start_weight_update", {}, _LONGEST_ANSWER_S)
+        self._post("/pause?mode=keep", {}, self.answer_deadline_s)
+        self._post("/start_weight_update", {}, self.answer_deadline_s)
 
     def load(self, index: int, checksums: Sequence[str]) -> None:
         """Have the engine read bucket `index`; returns when it no longer needs the memory."""
@@ -97,18 +96,20 @@ class VLLMClient:
         """Serve the new weights; what was computed with the old ones is forgotten."""
         self._post("/finish_weight_update", {"weight_version": str(policy_version)}, self.request_deadline_s)
         # requests held still go on from their tokens, computed anew under the new weights
-        self._post("/reset_prefix_cache?reset_running_requests=true", {}, _LONGEST_ANSWER_S)
-        self._post("/resume", {}, _LONGEST_ANSWER_S)
+        self._post("/reset_prefix_cache?reset_running_requests=true", {}, self.answer_deadline_s)
+        self._post("/resume", {}, self.answer_deadline_s)
 
-    def answers(self) -> bool:
+    def abort(self) -> None:
+        """End what is being generated; nothing is before the next update."""
+        self._post("/pause?mode=abort", {}, self.answer_deadline_s)
+
+    def trouble(self, path: str = "/health", timeout_s: float | None = None) -> str:
+        """Empty where the server answers; else what it did instead."""
         try:
-            self._request("GET", "/health", None, timeout_s=5.0)
-        except EngineError:
-            return False
-        return True
-
-    def log_tail(self, lines: int = 12) -> str:
-        return "\n".join(f"  | {line}" for line in tail(self.log, lines).splitlines())
+            exchange(self._url, "GET", path, None, self.key, timeout_s or self.answer_deadline_s)
+        except ExchangeError as error:
+            return str(error)
+        return ""
 
     def _sample(self, prompt: Sequence[int], sampling: SamplingParams, seed: int) -> list[Sample]:
         body = {
@@ -126,31 +127,45 @@ class VLLMClient:
             },
         }
         answer = self._post("/inference/v1/generate", body, self.request_deadline_s)
-        return [_read(choice) for choice in answer["choices"]]
+        return [self._read(choice) for choice in answer["choices"]]
+
+    def _read(self, choice: dict[str, Any]) -> Sample:
+        if choice["finish_reason"] not in ("stop", "length"):
+            raise self.error(f"gave a request up: {choice['finish_reason']}")
+        logp = tuple(position["logprob"] for position in choice["logprobs"]["content"])
+        versions = [span["version"] for span in choice["weight_versions"]]
+        oldest = min(0 if version == _BEFORE_UPDATES else int(version) for version in versions)
+        return Sample(tuple(choice["token_ids"]), logp, choice["finish_reason"] == "stop", oldest)
 
     def _post(self, path: str, body: dict[str, Any], timeout_s: float) -> Any:
         return json.loads(self._request("POST", path, json.dumps(body), timeout_s) or "null")
 
     def _request(self, method: str, path: str, body: str | None, timeout_s: float) -> bytes:
         try:
-            return exchange(f"http://127.0.0.1:{self.port}", method, path, body, self.key, timeout_s)
+            return exchange(self._url, method, path, body, self.key, timeout_s)
         except ExchangeError as error:
             raise self.error(str(error)) from None
 
+    @property
+    def _url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
     def error(self, what: str) -> EngineError:
-        return EngineError(f"engine {self.name} {what}\nlast lines of {self.log}:\n{self.log_tail()}")
+        end = "".join(f"\n  | {line}" for line in tail(self.log, _LOG_LINES).splitlines())
+        return EngineError(f"engine {self.name} {what}\nlast lines of {self.log}:{end}")
 
 
 @dataclass
 class VLLMServer:
-    """One vLLM server process that lives no longer than this one; `client` talks to it once it is started."""
+    """One vLLM server process that lives no longer than this one; an EngineHandle."""
 
     name: str
     settings: ServerSettings
     log: Path
     request_deadline_s: float
+    answer_deadline_s: float = 30.0
     environment: dict[str, str] = field(default_factory=dict)  # e.g. CUDA_VISIBLE_DEVICES
-    _process: subprocess.Popen[bytes] | None = None
+    _process: OwnedProcess | None = None
     _client: VLLMClient | None = None
 
     @property
@@ -161,58 +176,39 @@ class VLLMServer:
         return self._client
 
     def start(self, deadline_s: float) -> None:
-        """Start the server and wait until it answers. Raises EngineError, with its log's end.
-
-        Call it from a thread that lives as long as the server: the kernel ends the server with that thread.
-        """
+        """Start the server and wait until it answers. Raises EngineError, with its log's end."""
         self.close()
-        client = VLLMClient(
-            self.name, free_port(), secrets.token_urlsafe(24), self.request_deadline_s, self.log
-        )
-        self.log.parent.mkdir(parents=True, exist_ok=True)
-        with self.log.open("ab") as log:
-            self._process = subprocess.Popen(
-                self._command(client.port),
-                env=os.environ | self._own_environment(client.key) | self.environment,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-        waiting_until = time.monotonic() + deadline_s
-        while not client.answers():
-            if self._process.poll() is not None:
-                raise client.error(f"ended at its start with exit code {self._process.returncode}")
-            if time.monotonic() > waiting_until:
-                self.close()
-                raise client.error(f"did not answer within {deadline_s:.0f} s of its start")
+        must_end_by = time.monotonic() + deadline_s
+        key = secrets.token_urlsafe(24)
+        port = free_port()
+        client = VLLMClient(self.name, port, key, self.request_deadline_s, self.answer_deadline_s, self.log)
+        process = OwnedProcess(self._command(port), self._own_environment(key) | self.environment, self.log)
+        self._process = process
+        # not /health, which anybody's server on a port that was taken meanwhile would answer to our key
+        while trouble := client.trouble("/is_paused", timeout_s=_LOOK_S):
+            if ended := process.ended():
+                raise client.error(f"{ended} at its start")
+            if time.monotonic() > must_end_by:
+                process.close()
+                raise client.error(f"did not answer within {deadline_s:g} s of its start; {trouble}")
             time.sleep(_POLL_S)
         self._client = client
 
-    @property
-    def pid(self) -> int:
-        assert self._process is not None
-        return self._process.pid
-
     def alive(self) -> str:
         """Empty while the server runs and answers; else what is wrong."""
-        if self._process is None:
+        process, client = self._process, self._client
+        if process is None or client is None:
             return "not started"
-        if self._process.poll() is not None:
-            return f"ended with exit code {self._process.returncode}"
-        return "" if self.client.answers() else "does not answer"
+        return process.ended() or client.trouble()
+
+    def log_tail(self, lines: int) -> str:
+        return tail(self.log, lines)
 
     def close(self) -> None:
         """End the server and all its processes."""
-        if self._process is None:
-            return
-        for number, wait_s in ((signal.SIGTERM, _GRACE_S), (signal.SIGKILL, _GRACE_S)):
-            try:
-                os.killpg(self._process.pid, number)
-                self._process.wait(wait_s)
-            except (ProcessLookupError, subprocess.TimeoutExpired):
-                continue
-        self._process = self._client = None
+        process, self._process, self._client = self._process, None, None
+        if process is not None:
+            process.close()
 
     def _command(self, port: int) -> list[str]:
         settings = self.settings
@@ -244,7 +240,6 @@ class VLLMServer:
 
     def _own_environment(self, key: str) -> dict[str, str]:
         return {
-            OWNED: "1",
             "VLLM_API_KEY": key,  # not an argument: those any user of the machine can list
             "VLLM_SERVER_DEV_MODE": "1",  # the endpoints that change weights
             "VLLM_CPU_KVCACHE_SPACE": str(self.settings.kv_cache_gib),
@@ -254,10 +249,3 @@ class VLLMServer:
             "HF_HUB_OFFLINE": "1",
             "PYTHONUNBUFFERED": "1",
         }
-
-
-def _read(choice: dict[str, Any]) -> Sample:
-    logp = tuple(position["logprob"] for position in choice["logprobs"]["content"])
-    versions = [span["version"] for span in choice["weight_versions"]]
-    oldest = min(0 if version == _BEFORE_UPDATES else int(version) for version in versions)
-    return Sample(tuple(choice["token_ids"]), logp, choice["finish_reason"] == "stop", oldest)

@@ -5,28 +5,22 @@ Light on purpose: it is imported before vLLM has chosen its platform.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import secrets
-import signal
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 BACKEND = "hpt_shared_memory"
-OWNED = "HPT_OWNS_ENGINE"  # set in the environment of the servers a trainer starts
-_PR_SET_PDEATHSIG = 1
 
 
 def register() -> None:
-    """Make the transfer engine known, and have a trainer's server end with the trainer, however that dies."""
+    """Make the transfer engine known to vLLM."""
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
     if BACKEND not in WeightTransferEngineFactory._registry:
         WeightTransferEngineFactory.register_engine(
             BACKEND, "hpt_mega.rollout.vllm_worker", "SharedMemoryTransfer"
         )
-    if OWNED in os.environ:  # vLLM's own processes survive a killed parent
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 class RequireKey:

@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from hpt_mega.checkpoint.megatron_folder import is_megatron
 from hpt_mega.config import Config
 from hpt_mega.validation.layout import divisors
@@ -19,6 +21,13 @@ def engine(cfg: Config) -> Iterator[str]:
             "rollout.engine is vllm, which is not installed; on GPUs `pip install -e '.[vllm]'`, without one "
             "`make .venv/.vllm`, or set rollout=megatron"
         )
+    if cfg.rollout.engine == "sglang" and not torch.cuda.is_available():
+        yield (
+            "rollout.engine is sglang, whose kernels need a GPU, and torch sees none here; set rollout=vllm, "
+            "which has a CPU build, or rollout=megatron"
+        )
+    elif cfg.rollout.engine == "sglang" and importlib.util.find_spec("sglang") is None:
+        yield "rollout.engine is sglang, which is not installed; `pip install -e '.[sglang]'`"
 
 
 def servers(cfg: Config, shape: Mapping[str, Any]) -> Iterator[str]:
@@ -44,10 +53,17 @@ def servers(cfg: Config, shape: Mapping[str, Any]) -> Iterator[str]:
         )
     if rollout.temperature not in (0.0, 1.0) and rollout.top_p < 1:
         yield (
-            f"rollout.temperature is {rollout.temperature} and top_p {rollout.top_p}: vLLM then reports "
+            f"rollout.temperature is {rollout.temperature} and top_p {rollout.top_p}: servers report "
             "log-probabilities after the truncation, which the objective cannot use; set one of them to 1"
         )
     heads = shape.get("num_attention_heads")
     if heads and heads % rollout.server.tp:
         fitting = divisors(heads, heads)
         yield f"rollout.server.tp is {rollout.server.tp} and the model has {heads} heads; expected {fitting}"
+    parallel, wanted = cfg.parallel, rollout.server.engines * rollout.server.tp
+    gpus = parallel.tp * parallel.cp * parallel.pp
+    if torch.cuda.is_available() and wanted > gpus:
+        yield (
+            f"rollout.server.engines x tp is {rollout.server.engines} x {rollout.server.tp} = {wanted} and a "
+            f"replica has {gpus} GPUs, those of its ranks; lower one of them"
+        )

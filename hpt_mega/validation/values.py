@@ -15,7 +15,7 @@ from hpt_mega.telemetry.loggers import problems as logger_problems
 PRECISIONS = ("bf16", "fp16", "fp32")
 SCHEDULES = ("constant", "cosine", "linear")
 RESUME = ("never", "auto")
-ENGINES = ("megatron", "vllm")
+ENGINES = ("megatron", "vllm", "sglang")
 CHECKPOINT_FORMATS = ("dp_reshardable", "fully_reshardable")
 RECOMPUTE = ("none", "selective", "full")
 
@@ -29,7 +29,8 @@ def numbers(cfg: Config) -> Iterator[str]:
         "reward.memory_mib evaluation.samples evaluation.top_p "
         "rollout.max_new_tokens rollout.max_sequences rollout.top_p rollout.server.tp "
         "rollout.server.kv_cache_gib rollout.server.gpu_memory_share rollout.server.bucket_mib "
-        "rollout.server.start_deadline_s rollout.server.request_deadline_s "
+        "rollout.server.start_deadline_s rollout.server.request_deadline_s rollout.server.engines "
+        "rollout.server.update_deadline_s rollout.server.answer_deadline_s "
         "optimizer.lr critic.lr critic.clip trainer.steps trainer.updates_per_step "
         "trainer.questions_per_step trainer.tokens_per_microbatch trainer.keep_checkpoints "
         "trainer.deadline_s precision.loss_scale_window"

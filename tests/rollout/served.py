@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from transformers import (
     AutoModelForCausalLM,
@@ -97,7 +98,14 @@ def server(folder: Path, log: Path, *, tp: int = 1, **environment: str) -> VLLMS
         logp_at_temperature=False,
     )
     environment = {"OMP_NUM_THREADS": "1", **environment}
-    return VLLMServer(log.stem, replace(settings), log, 120.0, environment)
+    return VLLMServer(log.stem, replace(settings), log, 120.0, environment=environment)
+
+
+def process_of(server: VLLMServer) -> psutil.Process:
+    """The server itself, which its guard runs."""
+    assert server._process is not None
+    (process,) = psutil.Process(server._process._guard.pid).children()
+    return process
 
 
 def bring(client: VLLMClient, folder: Path, parallel: Parallel, bucket_bytes: int, version: int) -> int:

@@ -174,10 +174,6 @@ class Contract:
     def model_info(self, body: Any) -> tuple[int, Any]:
         return 200, {"weight_version": self.version}
 
-    def abort_request(self, body: dict[str, Any]) -> tuple[int, Any]:
-        self.aborts += body.get("abort_all", False)
-        return 200, None
-
     def pause_generation(self, body: dict[str, Any]) -> tuple[int, Any]:
         self.aborts += body.get("mode", "abort") == "abort"
         self.paused = True
@@ -263,14 +259,6 @@ class Contract:
             start = end
         self.load(self.groups[body["group_name"]].receive(start), places)
         return self.outcome(True, "Succeeded to update parameter online.")
-
-    def weights_checker(self, body: dict[str, Any]) -> tuple[int, Any]:
-        assert body["action"] == "checksum" and not self.session
-        sums = {
-            name: hashlib.sha256(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
-            for name, tensor in self.weights.items()
-        }
-        return 200, {"success": True, "message": "", "ranks": [{"checksums": sums}] * self.tp}
 
 
 class Peer:

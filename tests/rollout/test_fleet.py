@@ -9,8 +9,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from hpt_mega.rollout.engine import EngineError
-from hpt_mega.rollout.fleet import Action, FleetState, Limits, State, Ticket, TransitionError
+from hpt_mega.rollout.fleet import FleetState, Limits, State, Ticket, TransitionError
 
 NAMES = ("ash", "elm", "oak")
 LIMITS = Limits(
@@ -66,34 +65,34 @@ class AnyOrder(RuleBasedStateMachine):
         self.fleet.heard(name, self.now)
         assert self.fleet.state(name) is before
 
+    def start(self, name: str) -> Ticket:
+        if name in self.died_at:
+            waited = self.now - self.died_at[name]
+            assert waited >= min(LIMITS.backoff_max_s, LIMITS.backoff_s * 2 ** (self.deaths[name] - 1))
+        self.tasks.append(self.fleet.begin_start(name, self.now))
+        return self.tasks[-1]
+
+    def update(self, name: str) -> Ticket:
+        self.tasks.append(self.fleet.begin_update(name))
+        self.sent[self.tasks[-1]] = self.version
+        self.holds[name] = None
+        return self.tasks[-1]
+
     @rule(data=st.data())
     def carry_out_what_is_due(self, data: st.DataObject) -> None:
-        due = self.fleet.due(self.now)
-        if not due:
-            return
-        name, action = data.draw(st.sampled_from(due))
-        if action is Action.START:
-            if name in self.died_at:
-                waited = self.now - self.died_at[name]
-                assert waited >= min(LIMITS.backoff_max_s, LIMITS.backoff_s * 2 ** (self.deaths[name] - 1))
-            self.tasks.append(self.fleet.begin_start(name, self.now))
-        else:
-            self.tasks.append(self.fleet.begin_update(name, self.now))
-            self.sent[self.tasks[-1]] = self.version
-            self.holds[name] = None
+        starts, updates = self.fleet.due(self.now), self.fleet.wants_weights()
+        if starts or updates:
+            name = data.draw(st.sampled_from(starts + updates))
+            self.start(name) if name in starts else self.update(name)
 
     @rule()
     def everything_due_goes_well(self) -> None:
-        for _ in (Action.START, Action.UPDATE):
-            for name, action in self.fleet.due(self.now):
-                if action is Action.START:
-                    self.tasks.append(self.fleet.begin_start(name, self.now))
-                    assert self.fleet.started(self.tasks[-1], self.now)
-                else:
-                    self.tasks.append(self.fleet.begin_update(name, self.now))
-                    assert self.fleet.verified(self.tasks[-1], self.version, self.now)
-                    self.sent[self.tasks[-1]] = self.holds[name] = self.version
-                    self.deaths[name] = 0
+        for name in self.fleet.due(self.now):
+            assert self.fleet.started(self.start(name), self.now)
+        for name in self.fleet.wants_weights():
+            assert self.fleet.verified(self.update(name), self.version, self.now)
+            self.holds[name] = self.version
+            self.deaths[name] = 0
 
     @precondition(lambda self: self.tasks)
     @rule(data=st.data())
@@ -108,6 +107,15 @@ class AnyOrder(RuleBasedStateMachine):
                 self.holds[ticket.engine] = self.sent[ticket]
         else:
             assert self.fleet.started(ticket, self.now) == current
+
+    @precondition(lambda self: self.sent)
+    @rule(data=st.data())
+    def an_update_goes_step_by_step(self, data: st.DataObject) -> None:
+        ticket = self.some(data, list(self.sent))
+        if data.draw(st.booleans()):
+            self.fleet.step_begins(ticket, self.now)
+        else:
+            self.fleet.step_ended(ticket)
 
     @precondition(lambda self: self.sent)
     @rule(data=st.data())
@@ -128,13 +136,6 @@ class AnyOrder(RuleBasedStateMachine):
     def weights_are_announced(self, newer: bool) -> None:
         self.version += newer
         self.fleet.announce(self.version)
-
-    @rule()
-    def weights_are_withdrawn_and_back(self) -> None:
-        self.fleet.withdraw()
-        assert not self.fleet.due(self.now)
-        assert self.fleet.deal(self.now) is None
-        self.fleet.resume(self.now)
 
     @initialize(ready=st.booleans())
     def begin(self, ready: bool) -> None:
@@ -168,9 +169,12 @@ class AnyOrder(RuleBasedStateMachine):
     def an_answer_comes(self, data: st.DataObject) -> None:
         ticket = self.some(data, self.asked)
         current = self.fleet.is_current(ticket)
+        if self.fleet.must_wait(ticket):
+            assert current and self.fleet.state(ticket.engine) is State.UPDATING
+            return
         if self.fleet.answered(ticket, self.now):
             assert current
-            assert self.holds[ticket.engine] == self.version
+            assert self.holds[ticket.engine] is not None  # not of weights that nobody verified
             self.answers[ticket.request] = self.answers.get(ticket.request, 0) + 1
 
     @precondition(lambda self: self.asked)
@@ -191,11 +195,11 @@ class AnyOrder(RuleBasedStateMachine):
             assert (served is not None) == (self.fleet.state(name) is State.READY)
             assert served is None or served == self.holds[name] == self.fleet.target
             assert self.fleet.load(name) <= LIMITS.slots
-            assert not self.fleet.load(name) or self.fleet.state(name) is State.READY
+            assert not self.fleet.load(name) or self.fleet.state(name) not in (State.DEAD, State.STARTING)
 
     @invariant()
     def a_dead_engine_comes_due_within_the_longest_backoff_unless_it_is_given_up(self) -> None:
-        after = {name for name, action in self.fleet.due(self.now + LIMITS.backoff_max_s)}
+        after = self.fleet.due(self.now + LIMITS.backoff_max_s)
         for name in NAMES:
             if self.fleet.state(name) is State.DEAD:
                 assert (name in after) == (self.deaths[name] < LIMITS.failures)
@@ -210,12 +214,13 @@ class AnyOrder(RuleBasedStateMachine):
                 self.fleet.heard(name, self.now)
             for name, _ in self.fleet.overdue(self.now):  # what was never carried through above
                 self.die(name)
-            for name, action in self.fleet.due(self.now):
-                if action is Action.START:
-                    self.fleet.started(self.fleet.begin_start(name, self.now), self.now)
-                else:
-                    begun = self.fleet.begin_update(name, self.now)
-                    assert self.fleet.verified(begun, self.version, self.now)
+            for name in NAMES:  # an update that nobody goes on with
+                if self.fleet.state(name) is State.UPDATING:
+                    self.die(name)
+            for name in self.fleet.due(self.now):
+                self.fleet.started(self.fleet.begin_start(name, self.now), self.now)
+            for name in self.fleet.wants_weights():
+                assert self.fleet.verified(self.fleet.begin_update(name), self.version, self.now)
             while ticket := self.fleet.deal(self.now):
                 assert self.fleet.answered(ticket, self.now)
             assert self.now < 1e5
@@ -231,7 +236,7 @@ def ready(limits: Limits = LIMITS, names: tuple[str, ...] = NAMES) -> FleetState
     fleet.announce(3)
     for name in names:
         fleet.started(fleet.begin_start(name, 0.0), 0.0)
-        assert fleet.verified(fleet.begin_update(name, 0.0), 3, 0.0)
+        assert fleet.verified(fleet.begin_update(name), 3, 0.0)
     return fleet
 
 
@@ -241,7 +246,7 @@ def test_an_engine_that_started_serves_nothing_before_its_weights_are_verified()
     fleet.announce(3)
     fleet.started(fleet.begin_start("ash", 0.0), 1.0)
     assert fleet.deal(1.0) is None
-    ticket = fleet.begin_update("ash", 1.0)
+    ticket = fleet.begin_update("ash")
     assert fleet.deal(1.0) is None
     assert fleet.verified(ticket, 3, 2.0)
     assert fleet.deal(2.0) == Ticket(3, "ash", 0)
@@ -251,11 +256,11 @@ def test_weights_announced_during_an_update_leave_the_engine_stale() -> None:
     fleet = FleetState(["ash"], LIMITS)
     fleet.announce(3)
     fleet.started(fleet.begin_start("ash", 0.0), 1.0)
-    ticket = fleet.begin_update("ash", 1.0)
+    ticket = fleet.begin_update("ash")
     fleet.announce(4)
     assert not fleet.verified(ticket, 3, 2.0)
     assert fleet.state("ash") is State.STALE
-    assert fleet.due(2.0) == [("ash", Action.UPDATE)]
+    assert fleet.wants_weights() == ["ash"]
 
 
 def test_news_of_a_start_or_an_update_that_was_given_up_counts_for_nothing() -> None:
@@ -266,7 +271,7 @@ def test_news_of_a_start_or_an_update_that_was_given_up_counts_for_nothing() -> 
     again = fleet.begin_start("ash", 8.0)
     assert not fleet.started(slow, 8.0)
     assert fleet.started(again, 9.0)
-    update = fleet.begin_update("ash", 9.0)
+    update = fleet.begin_update("ash")
     fleet.failed("ash", "died", "", 9.0)
     assert not fleet.verified(update, 3, 9.5)
     assert not fleet.rejected(update, "late", "", 9.5)
@@ -305,27 +310,83 @@ def test_requests_of_a_dead_engine_go_first_and_in_their_order() -> None:
 
 
 def replace_engines_ready(fleet: FleetState) -> FleetState:
-    for name, _ in fleet.due(8.0):
+    for name in fleet.due(8.0):
         fleet.started(fleet.begin_start(name, 8.0), 8.0)
-        fleet.verified(fleet.begin_update(name, 8.0), 3, 8.0)
+        fleet.verified(fleet.begin_update(name), 3, 8.0)
     return fleet
 
 
-def test_requests_taken_back_by_new_weights_go_first_and_in_their_order() -> None:
+def test_requests_outlive_new_weights_and_their_deadline_begins_anew() -> None:
+    fleet = ready(names=("ash",))
+    fleet.submit("q7")
+    ticket = fleet.deal(0.0)
+    assert ticket is not None
+    fleet.announce(4)
+    update = fleet.begin_update("ash")
+    assert fleet.must_wait(ticket) and fleet.overdue(11.0) == []
+    fleet.verified(update, 4, 11.0)
+    assert not fleet.must_wait(ticket)
+    fleet.heard("ash", 21.9)
+    assert fleet.overdue(21.9) == []
+    assert fleet.answered(ticket, 21.9)
+
+
+def test_requests_of_an_engine_whose_weights_are_rejected_wait_again_in_their_order() -> None:
     fleet = ready(names=("ash",))
     for request in range(5):
         fleet.submit(request)
-    while fleet.deal(0.0):
-        pass
+    old = [fleet.deal(0.0) for _ in range(LIMITS.slots)]
     fleet.announce(4)
-    fleet.verified(fleet.begin_update("ash", 1.0), 4, 1.0)
+    fleet.rejected(fleet.begin_update("ash"), "1.4 off", "", 1.0)
+    assert not any(fleet.answered(ticket, 1.0) for ticket in old if ticket)
+    fleet.verified(fleet.begin_update("ash"), 4, 1.0)
     tickets = [fleet.deal(1.0) for _ in range(LIMITS.slots)]
     assert [ticket.request for ticket in tickets if ticket] == [0, 1, 2]
+    assert fleet.hopeless() == {}
+
+
+def test_a_request_that_an_update_ends_is_no_attempt() -> None:
+    fleet = ready(replace(LIMITS, attempts=1), ("ash",))
+    fleet.submit("q7")
+    ticket = fleet.deal(0.0)
+    assert ticket is not None
+    fleet.announce(4)
+    fleet.returned(ticket, "aborted")
+    assert fleet.hopeless() == {} and fleet.unanswered() == {"q7"}
+
+
+def test_the_weights_of_new_version_are_not_sent_to_an_engine_that_serves_it() -> None:
+    fleet = ready(names=("ash", "elm"))
+    fleet.failed("elm", "killed", "", 0.0)
+    fleet.started(fleet.begin_start("elm", 1.0), 1.0)
+    fleet.announce(3)
+    assert fleet.wants_weights() == ["elm"]
+
+
+def test_only_an_engine_that_never_failed_is_worth_waiting_for() -> None:
+    fleet = FleetState(["ash", "elm"], LIMITS)
+    assert fleet.is_first_start()
+    for name in ("ash", "elm"):
+        begun = fleet.begin_start(name, 0.0)
+        assert fleet.is_first_start()
+        fleet.started(begun, 1.0) if name == "ash" else fleet.failed(name, "no", "", 1.0)
+    assert not fleet.is_first_start()
+
+
+def test_an_engine_that_waits_for_the_others_is_not_late() -> None:
+    fleet = FleetState(["ash"], LIMITS)
+    fleet.announce(1)
+    fleet.started(fleet.begin_start("ash", 0.0), 0.0)
+    update = fleet.begin_update("ash")
+    assert fleet.overdue(1000.0) == []
+    fleet.step_begins(update, 1000.0)
+    fleet.step_ended(update)
+    assert fleet.overdue(2000.0) == []
 
 
 @pytest.mark.parametrize(
     ("begun", "late_at", "words"),
-    [("start", 7.0, "did not start within 7 s"), ("update", 5.0, "did not take its weights within 5 s")],
+    [("start", 7.0, "did not start within 7 s"), ("update", 5.0, "took over 5 s for a step of its update")],
 )
 def test_what_does_not_end_is_overdue_at_its_own_deadline(begun: str, late_at: float, words: str) -> None:
     fleet = FleetState(["ash"], LIMITS)
@@ -333,7 +394,7 @@ def test_what_does_not_end_is_overdue_at_its_own_deadline(begun: str, late_at: f
     ticket = fleet.begin_start("ash", 0.0)
     if begun == "update":
         fleet.started(ticket, 0.0)
-        fleet.begin_update("ash", 0.0)
+        fleet.step_begins(fleet.begin_update("ash"), 0.0)
     fleet.heard("ash", late_at - 0.1)  # a process that breathes is no excuse
     assert fleet.overdue(late_at - 0.1) == []
     assert fleet.overdue(late_at) == [("ash", words)]
@@ -358,11 +419,11 @@ def test_backoff_doubles_to_its_bound_and_verified_weights_end_it() -> None:
         fleet.failed("ash", "no", "", now)
         assert fleet.due(now + wait - 0.01) == []
         now += wait
-        assert fleet.due(now) == [("ash", Action.START)]
+        assert fleet.due(now) == ["ash"]
     fleet.started(fleet.begin_start("ash", now), now)
-    fleet.verified(fleet.begin_update("ash", now), 1, now)
+    fleet.verified(fleet.begin_update("ash"), 1, now)
     fleet.failed("ash", "no", "", now)
-    assert fleet.due(now + 0.5) == [("ash", Action.START)]
+    assert fleet.due(now + 0.5) == ["ash"]
 
 
 def test_an_engine_that_dies_too_often_is_given_up_and_the_report_holds_its_log() -> None:
@@ -383,10 +444,10 @@ def test_an_engine_that_refuses_its_weights_is_not_asked_again_before_the_next_v
     fleet.announce(1)
     fleet.started(fleet.begin_start("ash", 0.0), 0.0)
     for _ in range(LIMITS.updates):
-        fleet.rejected(fleet.begin_update("ash", 0.0), "1.4 off", "", 0.0)
-    assert fleet.refused() == ["ash"] and not fleet.has_hope() and fleet.due(0.0) == []
+        fleet.rejected(fleet.begin_update("ash"), "1.4 off", "", 0.0)
+    assert fleet.refused() == ["ash"] and not fleet.has_hope() and fleet.wants_weights() == []
     fleet.announce(2)
-    assert fleet.due(0.0) == [("ash", Action.UPDATE)]
+    assert fleet.wants_weights() == ["ash"]
 
 
 def test_a_request_that_fails_everywhere_is_an_error_that_tells_each_failure() -> None:
@@ -398,8 +459,10 @@ def test_a_request_that_fails_everywhere_is_an_error_that_tells_each_failure() -
     second = fleet.deal(0.0)
     assert second is not None
     fleet.failed(second.engine, "killed", "", 0.0)
-    with pytest.raises(EngineError, match=r"'q7' failed 2 times:\n  ash: prompt too long\n  ash died: k"):
-        fleet.deal(0.0)
+    told = "failed 2 times:\n  ash: prompt too long\n  ash died: killed"
+    assert fleet.hopeless() == {"q7": told}
+    fleet.cancel(["q7"])
+    assert fleet.deal(0.0) is None and fleet.unanswered() == set()
 
 
 def test_transitions_the_machine_does_not_have_are_errors() -> None:
@@ -407,7 +470,7 @@ def test_transitions_the_machine_does_not_have_are_errors() -> None:
     with pytest.raises(TransitionError, match="begin_start of engine ash, which is ready"):
         fleet.begin_start("ash", 0.0)
     with pytest.raises(TransitionError, match="begin_update of engine ash, which is ready"):
-        fleet.begin_update("ash", 0.0)
+        fleet.begin_update("ash")
 
 
 def test_an_id_stands_for_one_request_and_limits_are_positive() -> None:

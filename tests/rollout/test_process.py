@@ -71,6 +71,26 @@ def test_a_server_ends_when_we_are_killed(tmp_path: Path) -> None:
     assert eventually(lambda: not any(runs(pid) for pid in found))
 
 
+def test_close_ends_what_a_killed_guard_has_left(tmp_path: Path) -> None:
+    server = OwnedProcess([sys.executable, "-c", SERVER, "polite"], {}, tmp_path / "log")
+    found = pids(tmp_path / "log")
+    server._guard.kill()
+    assert eventually(lambda: not runs(found[0]))  # the kernel ends the server with its guard, not its child
+    assert runs(found[1])
+    server.close()
+    server.close()
+    assert eventually(lambda: not runs(found[1]))
+
+
+def test_a_server_that_is_stopped_is_ended(tmp_path: Path) -> None:
+    server = OwnedProcess([sys.executable, "-c", SERVER, "polite"], {}, tmp_path / "log")
+    found = pids(tmp_path / "log")
+    os.kill(found[0], signal.SIGSTOP)
+    server.close()
+    assert eventually(lambda: not any(runs(pid) for pid in found))
+    assert "Traceback" not in (tmp_path / "log").read_text()
+
+
 def test_a_server_outlives_the_thread_that_started_it(tmp_path: Path) -> None:
     started: list[OwnedProcess] = []
     command = [sys.executable, "-c", SERVER, "polite"]

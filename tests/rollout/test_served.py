@@ -3,17 +3,33 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 
-from hpt_mega.resharding.manifest import TransferError
+from hpt_mega.resharding.planner import Plan
+from hpt_mega.rollout.dispatch import Fleet, Intake
 from hpt_mega.rollout.engine import EngineError, Sample, SamplingParams
+from hpt_mega.rollout.fleet import Limits
 from hpt_mega.rollout.served import Probe, ServedEngine
 from hpt_mega.trajectory import Source, Trajectory
 
+pytestmark = pytest.mark.timeout(60)
+LIMITS = Limits(
+    start_s=20.0,
+    update_s=20.0,
+    request_s=20.0,
+    silence_s=20.0,
+    backoff_s=0.05,
+    backoff_max_s=0.2,
+    failures=3,
+    updates=2,
+    attempts=3,
+    slots=4,
+)
 SAMPLING = SamplingParams(n=1, max_new_tokens=4)
 TEXT = Trajectory((1, 2), (3, 4, 5), group=0, source=Source.OFFLINE, policy_version=0)
 TRAINER_LOGP = (-0.5, -1.0, -2.0)
@@ -29,35 +45,45 @@ class Alone:
 
 
 class Sync:
-    """Brings the server to the trainer's version, or fails as often as it is told."""
+    """Brings the servers to the trainer's version."""
 
     path = ""
     plan = SimpleNamespace(nbytes=8)
 
-    def __init__(self, failures: int = 0) -> None:
-        self.failures = failures
-        self.sent: list[int] = []
+    def __init__(self) -> None:
+        self.sent: list[tuple[int, int]] = []  # version and how many servers took part
 
-    def send(self, engines: Sequence[Server], policy_version: int) -> None:
-        self.sent.append(policy_version)
-        if self.failures:
-            self.failures -= 1
-            raise TransferError("bucket 3 arrived damaged: lm_head.weight")
+    def send(self, engines: Sequence[Intake], policy_version: int) -> None:
+        self.sent.append((policy_version, len(engines)))
         for engine in engines:
-            engine.version = policy_version
+            engine.begin_update()
+            engine.load(0, [])
+            engine.finish_update(policy_version)
 
     def close(self) -> None: ...
 
 
 class Server:
-    """A server and its client; `script` says what becomes of each request for samples, in turn."""
+    """A server and its client; `fates` says what becomes of each of its calls of a kind, in turn."""
 
-    def __init__(self, script: Sequence[str] = (), gaps: Sequence[float] = ()) -> None:
-        self.script, self.gaps = list(script), list(gaps)
+    def __init__(self, gaps: Sequence[float] = (), **fates: Sequence[str]) -> None:
+        self.gaps = list(gaps)
+        self.fates = {method: list(script) for method, script in fates.items()}
         self.starts = 0
         self.version = -1
         self.running = False
         self.release = threading.Event()
+
+    def meet(self, method: str) -> None:
+        script = self.fates.get(method, [])
+        fate = script.pop(0) if script else "go on"
+        if fate == "die":
+            self.running = False
+            raise EngineError(f"server was ended by signal 9 in {method}")
+        if fate == "break":
+            raise EngineError(f"server answered 500 to {method}: bucket 3 arrived damaged: lm_head.weight")
+        if fate == "wait":
+            assert self.release.wait(10)
 
     @property
     def client(self) -> Server:
@@ -67,100 +93,136 @@ class Server:
         self.starts += 1
         self.running, self.version = True, -1
 
-    def connect(self, path: str, plan: object) -> None: ...
+    def connect(self, path: str, plan: Plan) -> None: ...
+
+    def begin_update(self) -> None:
+        self.meet("begin_update")
+
+    def load(self, index: int, checksums: Sequence[str]) -> None:
+        self.meet("load")
+
+    def finish_update(self, policy_version: int) -> None:
+        self.meet("finish_update")
+        self.version = policy_version
 
     def alive(self) -> str:
-        return "" if self.running else "ended with exit code -9"
+        return "" if self.running else "was ended by signal 9"
 
     def logp(self, prompt: Sequence[int], response: Sequence[int]) -> list[float]:
         gap = self.gaps.pop(0) if self.gaps else 0.0
         return [logp + gap for logp in TRAINER_LOGP]
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: SamplingParams) -> list[list[Sample]]:
-        fate = self.script.pop(0) if self.script else "answer"
-        if fate == "die":
-            self.running = False
-            raise EngineError("engine 0 ended with exit code -9")
-        if fate == "wait":
-            assert self.release.wait(10)
-        return [[Sample((7,), (-0.1,), True, self.version)] for _ in prompts]
+        self.meet("generate")
+        return [[Sample((*prompt, sampling.seed), (-0.1,), True, self.version)] for prompt in prompts]
+
+    def abort(self) -> None: ...
+
+    def log_tail(self, lines: int) -> str:
+        return "its last line"
 
     def close(self) -> None:
         self.running = False
 
 
-def engine_of(server: Server, sync: Sync | None = None, bound: float = 0.1) -> ServedEngine:
-    probe = Probe((TEXT,), lambda: [TRAINER_LOGP], bound)
-    served = cast(Callable[..., ServedEngine], ServedEngine)(
-        server, sync or Sync(), Alone(), probe, start_deadline_s=1.0
-    )
-    served.start(policy_version=0)
-    return served
+@contextmanager
+def engine_of(*servers: Server) -> Iterator[tuple[ServedEngine, Sync]]:
+    """The engine, with version 0, and how often it was sent weights."""
+    probe = Probe((TEXT,), lambda: [TRAINER_LOGP], bound=0.1)
+    fleet = Fleet({str(number): server for number, server in enumerate(servers)}, LIMITS, heartbeat_s=0.05)
+    sync = Sync()
+    engine = cast(Callable[..., ServedEngine], ServedEngine)(fleet, sync, Alone(), probe)
+    try:
+        engine.update_weights(0)
+        yield engine, sync
+    finally:
+        engine.close()
 
 
-def versions(samples: list[list[Sample]]) -> list[int]:
-    return [sample.policy_version for group in samples for sample in group]
+def answers(version: int, *prompts: int) -> list[list[Sample]]:
+    return [[Sample((p, i), (-0.1,), True, version)] for i, p in enumerate(prompts)]
 
 
 def test_samples_carry_the_version_that_was_last_verified() -> None:
-    engine = engine_of(server := Server())
-    assert versions(engine.generate([(1,), (2,)], SAMPLING)) == [0, 0]
-    measured = engine.update_weights(1)
-    assert versions(engine.generate([(1,)], SAMPLING)) == [1]
-    assert measured["sync/probe_gap"] == 0.0
+    with engine_of(server := Server()) as (engine, _):
+        assert engine.generate([(1,), (2,)], SAMPLING) == answers(0, 1, 2)
+        measured = engine.update_weights(1)
+        assert engine.generate([(1,)], SAMPLING) == answers(1, 1)
+        assert engine.policy_version == 1
+    assert measured["sync/probe_gap"] == 0.0 and measured["sync/engines"] == 1
     assert server.starts == 1
 
 
 def test_a_server_that_dies_is_started_brought_to_the_weights_and_asked_again() -> None:
-    engine = engine_of(server := Server(["die"]), sync := Sync())
-    engine.update_weights(3)
-    assert versions(engine.generate([(1,), (2,)], SAMPLING)) == [3, 3]
+    with engine_of(server := Server(generate=["die"])) as (engine, sync):
+        engine.update_weights(3)
+        assert engine.generate([(1,), (2,)], SAMPLING) == answers(3, 1, 2)
     assert server.starts == 2
-    assert sync.sent == [0, 3, 3]
+    assert sync.sent == [(0, 1), (3, 1), (3, 1)]
 
 
-def test_a_server_that_dies_twice_ends_the_run_with_what_it_said() -> None:
-    engine = engine_of(Server(["die", "die"]))
-    with pytest.raises(EngineError, match="ended with exit code -9"):
+def test_what_a_dying_server_owes_the_others_answer_and_no_weights_are_sent_for_it() -> None:
+    with engine_of(dying := Server(generate=["die"]), Server()) as (engine, sync):
+        prompts = [(q,) for q in range(9)]
+        assert engine.generate(prompts, SAMPLING) == answers(0, *range(9))
+        assert dying.starts <= 2
+    assert sync.sent[0] == (0, 2)
+
+
+def test_a_server_that_dies_again_and_again_ends_the_run_with_what_it_said() -> None:
+    with (
+        engine_of(Server(generate=["die"] * 9)) as (engine, _),
+        pytest.raises(EngineError, match=r"prompt 0 of batch 1 failed 3 times:\n  0 died: was ended by sig"),
+    ):
         engine.generate([(1,)], SAMPLING)
 
 
-def test_damaged_weights_are_sent_once_more_and_then_refused() -> None:
-    engine = engine_of(Server(), sync := Sync())
-    sync.failures = 1
-    engine.update_weights(1)
-    assert (engine.policy_version, sync.sent) == (1, [0, 1, 1])
-    sync.failures = 2
-    with pytest.raises(TransferError, match=r"damaged: lm_head.weight"):
-        engine.update_weights(2)
-    assert engine.policy_version == 1
+@pytest.mark.parametrize("step", ["begin_update", "load", "finish_update"])
+@pytest.mark.parametrize("how", ["die", "break"])
+def test_a_server_that_does_not_take_an_update_is_started_anew_and_gets_it_once_more(
+    step: str, how: str
+) -> None:
+    with engine_of(server := Server(**{step: ["go on", how]})) as (engine, sync):
+        engine.update_weights(1)
+        assert engine.generate([(4,)], SAMPLING) == answers(1, 4)
+    assert server.starts == 2
+    assert sync.sent == [(0, 1), (1, 1), (1, 1)]
+
+
+def test_weights_that_never_arrive_whole_end_the_run_with_what_was_damaged() -> None:
+    with engine_of(Server(load=["go on"] + ["break"] * 9)) as (engine, _):
+        with pytest.raises(EngineError, match=r"no engine is left \(0\)[\s\S]*damaged: lm_head.weight"):
+            engine.update_weights(1)
+        assert engine.policy_version == 0
 
 
 def test_a_server_that_scores_otherwise_than_the_trainer_is_not_trusted() -> None:
-    engine = engine_of(Server(gaps=[0.0, 0.3, 0.05]))
-    assert engine.update_weights(1)["sync/probe_gap"] == pytest.approx(0.05)
-    engine = engine_of(Server(gaps=[0.0, 0.3, -0.3]))
-    with pytest.raises(EngineError, match=r"version 1 .* 3.0e-01 off the trainer.s .*probe_bound = 1.0e-01"):
-        engine.update_weights(1)
-    assert engine.policy_version == 0
+    with engine_of(Server(gaps=[0.0, 0.3, 0.05])) as (engine, _):
+        assert engine.update_weights(1)["sync/probe_gap"] == pytest.approx(0.05)
+    wanted = r"version 1 refused \(0\)[\s\S]* 3.0e-01 off the trainer.s .*probe_bound lets 1.0e-01 pass"
+    with engine_of(Server(gaps=[0.0, 0.3, -0.3])) as (engine, _):
+        with pytest.raises(EngineError, match=wanted):
+            engine.update_weights(1)
+        assert engine.policy_version == 0
 
 
 def test_a_gap_that_is_no_number_is_beyond_any_bound() -> None:
-    engine = engine_of(Server(gaps=[0.0, float("nan"), float("nan")]))
-    with pytest.raises(EngineError, match="nan off the trainer's"):
+    with (
+        engine_of(Server(gaps=[0.0, float("nan"), float("nan")])) as (engine, _),
+        pytest.raises(EngineError, match="nan off the trainer's"),
+    ):
         engine.update_weights(1)
 
 
 def test_weights_are_updated_while_samples_are_drawn() -> None:
-    engine = engine_of(server := Server(["wait"]))
-    collect = engine.submit([(1,)], SAMPLING)
-    engine.update_weights(1)
-    server.release.set()
-    assert versions(collect()) == [1]
+    with engine_of(server := Server(generate=["wait"])) as (engine, _):
+        collect = engine.submit([(1,)], SAMPLING)
+        engine.update_weights(1)
+        server.release.set()
+        assert collect() == answers(1, 1)
 
 
 def test_a_closed_engine_leaves_no_server() -> None:
-    engine = engine_of(server := Server())
-    engine.close()
-    assert engine.health() == "ended with exit code -9"
+    with engine_of(server := Server()) as (engine, _):
+        assert engine.health() == ""
     assert not server.running

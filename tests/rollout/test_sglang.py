@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
+import itertools
 import json
 import os
 import signal
@@ -20,9 +20,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from hpt_mega.rollout.dispatch import Fleet, Weights
-from hpt_mega.rollout.engine import EngineError, SamplingParams
+from hpt_mega.checkpoint.safetensors import Spec
+from hpt_mega.resharding.planner import Plan, plan_update
+from hpt_mega.resharding.transport import SharedBuckets
+from hpt_mega.rollout import sglang
+from hpt_mega.rollout.dispatch import Fleet
+from hpt_mega.rollout.engine import EngineError, Sample, SamplingParams
 from hpt_mega.rollout.fleet import Limits
+from hpt_mega.rollout.handle import EngineClient
+from hpt_mega.rollout.process import free_port
 from hpt_mega.rollout.sglang import Launch, Settings, SGLangEngine
 
 pytestmark = pytest.mark.timeout(120)
@@ -65,7 +71,7 @@ def tensors(seed: int = 0) -> list[tuple[str, Tensor]]:
     """Of odd sizes and unequal widths, so that a bucket in this order would not be aligned."""
     draw = torch.Generator().manual_seed(seed)
     return [
-        ("embed", torch.randn(5, 3, generator=draw).bfloat16()),
+        ("embed", torch.randn(41, 3, generator=draw).bfloat16()),
         ("scale", torch.randn(7, generator=draw)),
         ("experts", torch.randn(3, 3, generator=draw).to(torch.float8_e4m3fn)),
         ("norm", torch.randn(1, 9, generator=draw)[:, ::2]),
@@ -73,8 +79,33 @@ def tensors(seed: int = 0) -> list[tuple[str, Tensor]]:
     ]
 
 
-def buckets(seed: int = 0) -> list[list[tuple[str, Tensor]]]:
-    return [tensors(seed)[:4], [], tensors(seed)[4:]]
+class Trainer:
+    """Its tensors in shared buckets that are smaller than the largest of them."""
+
+    def __init__(self) -> None:
+        self.plan: Plan = plan_update({name: Spec.of(tensor) for name, tensor in tensors()}, 64)
+        self.shared = SharedBuckets.create(64)
+
+    def fill(self, index: int, seed: int) -> None:
+        given = dict(tensors(seed))
+        for slot in self.plan.buckets[index].slots:
+            rows = given[slot.name][slot.first_row : slot.first_row + slot.rows]
+            slot.view(self.shared.buffer(index)).copy_(rows)
+
+    def update(self, engine: SGLangEngine, version: int, seed: int = 0) -> None:
+        engine.connect(self.shared.path, self.plan)
+        engine.begin_update()
+        for index in range(len(self.plan.buckets)):
+            self.fill(index, seed)
+            engine.load(index, [])
+        engine.finish_update(version)
+
+
+@pytest.fixture
+def trainer() -> Iterator[Trainer]:
+    one = Trainer()
+    yield one
+    one.shared.close()
 
 
 def assert_holds(contract: Any, seed: int) -> None:
@@ -84,44 +115,46 @@ def assert_holds(contract: Any, seed: int) -> None:
         assert torch.equal(contract.weights[name].float(), tensor.float()), name
 
 
-def test_weights_through_memory_arrive_bit_for_bit_and_the_receipt_tells(
-    engine: SGLangEngine, contract: Any
+def test_weights_through_memory_arrive_bit_for_bit_and_whole(
+    engine: SGLangEngine, contract: Any, trainer: Trainer
 ) -> None:
-    receipt = engine.update(buckets(), 4)
+    assert any(not slot.is_whole for bucket in trainer.plan.buckets for slot in bucket.slots)
+    trainer.update(engine, 4)
     assert_holds(contract, 0)
-    assert receipt.policy_version == 4 and contract.version == "4" and not contract.paused
-    raw = tensors()[1][1].numpy().tobytes()
-    assert receipt.checksums["0/scale"] == hashlib.sha256(raw).hexdigest()
-    assert len(receipt.checksums) == 5
+    assert contract.version == "4" and not contract.paused
 
 
-def test_an_update_pauses_first_and_serves_last(engine: SGLangEngine, contract: Any) -> None:
+def test_an_update_pauses_first_and_serves_last(
+    engine: SGLangEngine, trainer: Trainer, contract: Any
+) -> None:
     contract.paths.clear()
-    engine.update(buckets(), 1)
-    assert contract.paths == [
+    trainer.update(engine, 1)
+    assert [path for path, _ in itertools.groupby(contract.paths)] == [
         "/pause_generation",
         "/update_weight_version",
         "/begin_weight_update",
         "/update_weights_from_tensor",
-        "/update_weights_from_tensor",
         "/end_weight_update",
         "/flush_cache",
-        "/weights_checker",
         "/update_weight_version",
         "/continue_generation",
     ]
 
 
-def test_each_rank_of_the_server_gets_a_message_of_its_own(engine: SGLangEngine, contract: Any) -> None:
+def test_each_rank_of_the_server_gets_a_message_of_its_own(
+    engine: SGLangEngine, trainer: Trainer, contract: Any
+) -> None:
     contract.tp, engine._settings = 3, replace(SETTINGS, tp=3)
-    receipt = engine.update(buckets(), 1)
-    assert {name.split("/")[0] for name in receipt.checksums} == {"0", "1", "2"}
+    trainer.update(engine, 1)
+    assert_holds(contract, 0)
 
 
-def test_weights_by_broadcast_arrive_bit_for_bit_again_and_again(engine: SGLangEngine, contract: Any) -> None:
+def test_weights_by_broadcast_arrive_bit_for_bit_again_and_again(
+    engine: SGLangEngine, trainer: Trainer, contract: Any
+) -> None:
     engine._settings = replace(SETTINGS, weights="broadcast", group_backend="gloo")
     for seed in (0, 1):
-        engine.update(buckets(seed), seed)
+        trainer.update(engine, seed, seed)
         assert_holds(contract, seed)
     assert contract.paths.count("/init_weights_update_group") == 1
     engine.close()
@@ -130,41 +163,42 @@ def test_weights_by_broadcast_arrive_bit_for_bit_again_and_again(engine: SGLangE
 
 @pytest.mark.parametrize("way", ["memory", "broadcast"])
 def test_an_update_that_breaks_half_way_serves_nothing_until_the_next_succeeds(
-    engine: SGLangEngine, contract: Any, way: Any
+    engine: SGLangEngine, trainer: Trainer, contract: Any, way: Any
 ) -> None:
     engine._settings = replace(SETTINGS, weights=way, group_backend="gloo")
-    engine.update(buckets(), 1)
+    trainer.update(engine, 1)
 
-    def broken() -> Iterator[list[tuple[str, Tensor]]]:
-        yield tensors(1)[:2]
-        raise EngineError("a rank of the trainer died")
-
-    with pytest.raises(EngineError, match="a rank of the trainer died"):
-        engine.update(broken(), 2)
+    contract.update_weights_from_tensor = lambda body: contract.outcome(False, "out of memory")
+    contract.update_weights_from_distributed = contract.update_weights_from_tensor
+    with pytest.raises(EngineError, match="out of memory"):
+        trainer.update(engine, 2, 1)
+    del contract.update_weights_from_tensor, contract.update_weights_from_distributed
     assert contract.paused and contract.version == "unverified"
-    with pytest.raises(EngineError, match="holds weights of version None, asked for 1"):
-        engine.generate(PROMPTS, SAMPLING, 1)
+    with pytest.raises(EngineError, match="has no weights to sample with"):
+        engine.generate(PROMPTS, SAMPLING)
     assert engine.alive() == ""
-    engine.update(buckets(2), 2)
+    trainer.update(engine, 2, 2)
     assert_holds(contract, 2)
 
 
-def test_a_broadcast_that_the_server_refuses_does_not_hang(engine: SGLangEngine, contract: Any) -> None:
+def test_a_broadcast_that_the_server_refuses_does_not_hang(
+    engine: SGLangEngine, trainer: Trainer, contract: Any
+) -> None:
     engine._settings = replace(SETTINGS, weights="broadcast", group_backend="gloo")
     contract.update_weights_from_distributed = lambda body: contract.outcome(False, "unknown tensor")
     began = time.monotonic()
     with pytest.raises(
         EngineError, match=r"answered 400 to /update_weights_from_distributed.*unknown tensor"
     ):
-        engine.update(buckets(), 1)
+        trainer.update(engine, 1)
     assert time.monotonic() - began < SETTINGS.update_s
 
 
 def test_samples_keep_the_protocol_and_do_not_depend_on_how_prompts_are_dealt(
-    engine: SGLangEngine, contract: Any
+    engine: SGLangEngine, trainer: Trainer, contract: Any
 ) -> None:
-    engine.update(buckets(), 1)
-    groups = engine.generate(PROMPTS, SAMPLING, 1)
+    trainer.update(engine, 1)
+    groups = engine.generate(PROMPTS, SAMPLING)
     assert [len(group) for group in groups] == [3, 3, 3]
     samples = [sample for group in groups for sample in group]
     assert len({sample.tokens for sample in samples}) > 3  # a seed of its own each
@@ -175,52 +209,54 @@ def test_samples_keep_the_protocol_and_do_not_depend_on_how_prompts_are_dealt(
         assert sample.finished or len(sample.tokens) == 7
     assert any(s.finished for s in samples) and not all(s.finished for s in samples)
     alone = [
-        engine.generate([prompt], replace(SAMPLING, seed=SAMPLING.seed + 3 * i), 1)[0]
+        engine.generate([prompt], replace(SAMPLING, seed=SAMPLING.seed + 3 * i))[0]
         for i, prompt in enumerate(PROMPTS)
     ]
     assert alone == groups
 
 
-def test_without_stop_tokens_responses_have_full_length(engine: SGLangEngine) -> None:
-    engine.update(buckets(), 1)
-    for group in engine.generate(PROMPTS, replace(SAMPLING, stop_tokens=()), 1):
+def test_without_stop_tokens_responses_have_full_length(engine: SGLangEngine, trainer: Trainer) -> None:
+    trainer.update(engine, 1)
+    for group in engine.generate(PROMPTS, replace(SAMPLING, stop_tokens=())):
         assert all(len(sample.tokens) == 7 and not sample.finished for sample in group)
 
 
 def test_a_stop_that_was_not_asked_for_is_an_error_that_names_the_token(
-    engine: SGLangEngine, contract: Any
+    engine: SGLangEngine, trainer: Trainer, contract: Any
 ) -> None:
-    engine.update(buckets(), 1)
+    trainer.update(engine, 1)
     contract.token = lambda *about: sglang_contract.END_OF_TEXT
     with pytest.raises(
         EngineError, match="stopped at token 2, its model's end of text; add it to stop_tokens"
     ):
-        engine.generate(PROMPTS, replace(SAMPLING, stop_tokens=(5,)), 1)
+        engine.generate(PROMPTS, replace(SAMPLING, stop_tokens=(5,)))
 
 
-def test_a_sample_of_other_weights_than_asked_for_is_refused(engine: SGLangEngine, contract: Any) -> None:
-    engine.update(buckets(), 1)
+def test_a_sample_of_other_weights_than_asked_for_is_refused(
+    engine: SGLangEngine, trainer: Trainer, contract: Any
+) -> None:
+    trainer.update(engine, 1)
     contract.version = "7"  # somebody else changed them
     with pytest.raises(EngineError, match=r"sampled with weights of \['7'\], expected 1"):
-        engine.generate(PROMPTS, SAMPLING, 1)
+        engine.generate(PROMPTS, SAMPLING)
 
 
-def test_known_tokens_are_scored_from_the_response_on(engine: SGLangEngine) -> None:
-    engine.update(buckets(), 1)
+def test_known_tokens_are_scored_from_the_response_on(engine: SGLangEngine, trainer: Trainer) -> None:
+    trainer.update(engine, 1)
     assert engine.logp([3, 4, 9], [16, 5]) == [-1.0, -5 / 16]
 
 
 @pytest.mark.parametrize("how", ["abort", "update"])
 def test_requests_in_flight_are_ended_by_abort_and_by_new_weights(
-    engine: SGLangEngine, contract: Any, how: str
+    engine: SGLangEngine, trainer: Trainer, contract: Any, how: str
 ) -> None:
-    engine.update(buckets(), 1)
+    trainer.update(engine, 1)
     contract.hold.clear()
     failures: list[str] = []
 
     def ask() -> None:
         try:
-            engine.generate(PROMPTS, SAMPLING, 1)
+            engine.generate(PROMPTS, SAMPLING)
         except EngineError as error:
             failures.append(str(error))
 
@@ -229,21 +265,23 @@ def test_requests_in_flight_are_ended_by_abort_and_by_new_weights(
     while contract.paths.count("/generate") < len(PROMPTS):
         time.sleep(0.01)
     time.sleep(0.1)
-    engine.abort() if how == "abort" else engine.update(buckets(2), 2)
+    engine.abort() if how == "abort" else trainer.update(engine, 2, 2)
     asking.join(10.0)
     assert len(failures) == 1 and "gave a request up: Abort in waiting queue" in failures[0]
 
 
-def test_an_engine_that_slept_needs_weights_before_it_serves(engine: SGLangEngine, contract: Any) -> None:
-    engine.update(buckets(), 1)
+def test_an_engine_that_slept_needs_weights_before_it_serves(
+    engine: SGLangEngine, trainer: Trainer, contract: Any
+) -> None:
+    trainer.update(engine, 1)
     engine.sleep()
     assert contract.asleep and engine.alive() == ""
-    with pytest.raises(EngineError, match="holds weights of version None"):
-        engine.generate(PROMPTS, SAMPLING, 1)
+    with pytest.raises(EngineError, match="has no weights to sample with"):
+        engine.generate(PROMPTS, SAMPLING)
     engine.wake()
-    engine.update(buckets(1), 2)
+    trainer.update(engine, 2, 1)
     assert_holds(contract, 1)
-    assert len(engine.generate(PROMPTS, SAMPLING, 2)) == 3
+    assert len(engine.generate(PROMPTS, SAMPLING)) == 3
 
 
 def test_a_request_that_the_package_would_not_understand_is_found(
@@ -269,27 +307,32 @@ def test_a_request_that_the_package_would_not_understand_is_found(
     [
         ("UpdateWeightsFromTensorReqInput", "load_format"),
         ("PauseGenerationReqInput", "mode"),
-        ("CheckWeightsReqInput", "action"),
+        ("UpdateWeightVersionReqInput", "new_version"),
     ],
 )
 def test_a_field_that_a_newer_version_renames_is_found(
-    engine: SGLangEngine, contract: Any, monkeypatch: pytest.MonkeyPatch, message: str, field: str
+    engine: SGLangEngine,
+    trainer: Trainer,
+    contract: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    message: str,
+    field: str,
 ) -> None:
     fields = sglang_contract.SCHEMA["messages"][message]
     monkeypatch.setitem(fields, f"new_{field}", fields[field])
     monkeypatch.delitem(fields, field)
     with pytest.raises(EngineError, match=f"{message} has no field {field}"):
-        engine.update(buckets(), 1)
+        trainer.update(engine, 1)
     contract.violations.clear()
 
 
 def test_a_group_that_the_server_refuses_is_an_error_with_its_reason(
-    engine: SGLangEngine, contract: Any
+    engine: SGLangEngine, trainer: Trainer, contract: Any
 ) -> None:
     engine._settings = replace(SETTINGS, weights="broadcast", group_backend="gloo", update_s=2.0)
     contract.init_weights_update_group = lambda body: contract.outcome(False, "no such backend")
     with pytest.raises(EngineError, match=r"answered 400 to /init_weights_update_group.*no such backend"):
-        engine.update(buckets(), 1)
+        trainer.update(engine, 1)
 
 
 def test_a_wrong_key_and_a_server_that_is_not_there_are_errors_within_the_deadline(
@@ -335,26 +378,83 @@ def launch(tmp_path: Path) -> Callable[[str], Launch]:
     )
 
 
-def test_our_own_servers_are_a_fleet_that_survives_a_kill(
-    launch: Callable[[str], Launch], tmp_path: Path
+def bring(
+    fleet: Fleet, trainer: Trainer, announced: int | None, half_way: Callable[[], None] = lambda: None
+) -> None:
+    """Streams version 1 to the engines that lack it."""
+    while (intakes := fleet.begin_update(announced, 5.0)) != []:
+        announced = None
+        if intakes is None:
+            continue
+        for intake in intakes:
+            intake.begin_update()
+        for index in range(len(trainer.plan.buckets)):
+            trainer.fill(index, 0)
+            if index == 2:
+                half_way()
+            for intake in intakes:
+                intake.load(index, [])
+        for intake in intakes:
+            intake.finish_update(1)
+        fleet.end_update(intakes, 1, lambda client: 0.0)
+
+
+def collect(fleet: Fleet, trainer: Trainer, prompts: list[list[int]]) -> list[list[Sample]]:
+    number = fleet.submit(prompts, SAMPLING)
+    while (samples := fleet.wait(number, 5.0)) is None:
+        bring(fleet, trainer, None)
+    return samples
+
+
+def test_our_own_servers_are_a_fleet_that_survives_kills_and_hangs(
+    launch: Callable[[str], Launch], trainer: Trainer, tmp_path: Path
 ) -> None:
     limits = Limits(60.0, 20.0, 20.0, 20.0, 0.1, 1.0, failures=3, updates=2, attempts=4, slots=2)
-    engines = {
-        name: SGLangEngine(name, SETTINGS, tmp_path / f"{name}.log", launch=launch("tiny"))
+    settings = replace(SETTINGS, control_s=2.0)
+    ash, elm = (
+        SGLangEngine(name, settings, tmp_path / f"{name}.log", launch=launch("tiny"))
         for name in ("ash", "elm")
-    }
+    )
     prompts = [[3, q] for q in range(12)]
-    with Fleet(engines, limits, heartbeat_s=0.2) as fleet:
-        fleet.update(Weights(1, buckets, lambda engine, receipt: ""))
-        before = fleet.generate(prompts, SAMPLING)
-        commands = Path(f"/proc/{server_pid(engines['ash'])}/cmdline").read_text()
-        assert engines["ash"]._key not in commands and not list(tmp_path.glob("*.yaml"))
+
+    def introduce(client: EngineClient) -> None:
+        client.connect(trainer.shared.path, trainer.plan)
+
+    with Fleet({"ash": ash, "elm": elm}, limits, heartbeat_s=0.2, introduce=introduce) as fleet:
+        bring(fleet, trainer, 1, half_way=lambda: os.kill(server_pid(elm), signal.SIGKILL))
+        before = collect(fleet, trainer, prompts)
+        assert [len(group) for group in before] == [SAMPLING.n] * 12
+        while fleet.health():  # until elm is back
+            assert collect(fleet, trainer, prompts) == before
+        commands = Path(f"/proc/{server_pid(ash)}/cmdline").read_text()
+        assert ash._key not in commands and not list(tmp_path.glob("*.yaml"))
         assert (tmp_path / "ash.log").stat().st_mode & 0o77 == 0
-        os.kill(server_pid(engines["ash"]), signal.SIGKILL)
-        assert fleet.generate(prompts, SAMPLING) == before
-        pids = [server_pid(engine) for engine in engines.values() if engine.alive() == ""]
+        os.kill(server_pid(ash), signal.SIGSTOP)
+        assert collect(fleet, trainer, prompts) == before
+        assert "engine ash" in fleet.health() and "gave no answer to /health within 2 s" in fleet.health()
+        os.kill(server_pid(elm), signal.SIGKILL)
+        assert collect(fleet, trainer, prompts) == before
+        pids = [server_pid(engine) for engine in (ash, elm) if engine.alive() == ""]
     assert pids
     assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+
+
+def test_a_server_whose_port_is_taken_is_started_on_another(
+    launch: Callable[[str], Launch], trainer: Trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Taken by a server of somebody else's, which answers, but not to our key."""
+    stranger = sglang_contract.serve(sglang_contract.Contract("another key"))
+    ports = [stranger.server_port]
+    monkeypatch.setattr(sglang, "free_port", lambda: ports.pop() if ports else free_port())
+    ash = SGLangEngine("ash", SETTINGS, tmp_path / "ash.log", launch=launch("tiny"))
+    limits = Limits(60.0, 20.0, 20.0, 20.0, 0.1, 1.0, failures=3, updates=2, attempts=4, slots=2)
+    with Fleet({"ash": ash}, limits, heartbeat_s=0.2, introduce=lambda client: None) as fleet:
+        while (intakes := fleet.begin_update(1, 30.0)) is None:
+            pass
+        fleet.end_update(intakes, 1, lambda client: 0.0)
+    assert "Address already in use" in (tmp_path / "ash.log").read_text()
+    stranger.shutdown()
+    stranger.server_close()
 
 
 def server_pid(engine: SGLangEngine) -> int:
@@ -372,7 +472,7 @@ def test_a_server_that_cannot_start_is_an_error_with_the_end_of_its_log(
         engine.start(60.0)
     assert "ended with exit code 1 at its start" in str(raised.value)
     assert "| RuntimeError: this model cannot be loaded" in str(raised.value)
-    assert engine.alive() == "not started"
+    assert engine.alive() == "ended with exit code 1"
 
 
 def test_the_committed_schema_is_that_of_the_package_where_it_is_at_hand(tmp_path: Path) -> None:

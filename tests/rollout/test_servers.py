@@ -1,0 +1,66 @@
+"""A replica's servers are those of the config, each with its own devices. None is started here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import torch
+
+from hpt_mega.config import compose
+from hpt_mega.rollout import servers
+from hpt_mega.rollout.handle import EngineHandle
+from hpt_mega.rollout.sglang import SGLangEngine
+from hpt_mega.rollout.vllm import VLLMServer
+
+RANKS = [2, 3, 6, 7]  # of the second of two replicas with tp=2 and pp=2
+
+
+@pytest.fixture
+def engines(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """The engines that a config makes, by name."""
+
+    def build(*overrides: str) -> dict[str, EngineHandle]:
+        made: dict[str, EngineHandle] = {}
+        monkeypatch.setattr(servers, "Fleet", lambda given, *rest, **more: made.update(given))
+        monkeypatch.setattr(servers.dist, "get_process_group_ranks", lambda group: RANKS)
+        layout = SimpleNamespace(dp_rank=1, replica_group=None, world_size=8)
+        cfg = compose([f"run_dir={tmp_path}", "parallel.tp=3", *overrides])
+        servers.build_fleet(cfg, cast(Any, layout), cast(Any, None))
+        return made
+
+    return build
+
+
+def test_each_server_has_a_name_and_a_log_of_its_own(engines: Any, tmp_path: Path) -> None:
+    made = engines("rollout=vllm", "rollout.server.engines=3", "rollout.server.answer_deadline_s=7")
+    assert list(made) == ["1.0", "1.1", "1.2"]
+    assert all(isinstance(engine, VLLMServer) for engine in made.values())
+    assert {engine.log for engine in made.values()} == {
+        tmp_path / "logs" / f"engine1.{number}.log" for number in range(3)
+    }
+    assert made["1.2"].answer_deadline_s == 7
+    assert made["1.2"].environment == {}
+
+
+def test_sglang_is_launched_by_us_with_weights_through_memory(engines: Any) -> None:
+    lengths = ("data.max_prompt_tokens=200", "rollout.max_new_tokens=61")
+    made = engines("rollout=sglang", "precision=bf16", "trainer.deterministic=true", *lengths)
+    (engine,) = made.values()
+    assert isinstance(engine, SGLangEngine)
+    assert engine._launch is not None and engine._settings.weights == "memory"
+    assert engine._launch.dtype == "bfloat16" and engine._launch.repeatable
+    assert engine._launch.max_model_len == 261
+
+
+@pytest.mark.parametrize(("visible", "expected"), [("", ["2,3", "6,7"]), ("7,6,5,4,3,2,1,0", ["5,4", "1,0"])])
+def test_servers_share_the_gpus_of_their_replicas_ranks(
+    engines: Any, monkeypatch: pytest.MonkeyPatch, visible: str, expected: list[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    made = engines("rollout=vllm", "rollout.server.engines=2", "rollout.server.tp=2")
+    assert [engine.environment["CUDA_VISIBLE_DEVICES"] for engine in made.values()] == expected
