@@ -19,7 +19,7 @@ from megatron.core.optimizer import MegatronOptimizer  # noqa: E402
 from megatron.core.optimizer.grad_scaler import DynamicGradScaler, MegatronGradScaler  # noqa: E402
 
 
-class LossScale(MegatronGradScaler):  # type: ignore[misc]
+class LossScale(MegatronGradScaler):
     """megatron-core's dynamic scale, behind the one that several parts share."""
 
     def __init__(self, dynamic: DynamicGradScaler) -> None:

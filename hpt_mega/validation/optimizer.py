@@ -20,10 +20,7 @@ def offload(cfg: Config) -> Iterator[str]:
     elif share and not torch.cuda.is_available():
         yield f"optimizer.cpu_offload is {share} and there is no GPU, so that all is on the CPU; set 0"
     elif share and cfg.precision.dtype == "fp32":
-        yield (
-            f"optimizer.cpu_offload is {share} and precision fp32, whose weights megatron-core cannot offload; "
-            "set precision=bf16"
-        )
+        yield f"optimizer.cpu_offload is {share}; megatron-core offloads no fp32 weights, set precision=bf16"
     elif share and not cfg.parallel.distributed_optimizer:
         yield (
             f"optimizer.cpu_offload is {share}, which megatron-core has in its distributed optimizer only; "
