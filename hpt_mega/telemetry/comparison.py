@@ -5,6 +5,7 @@ What a run is lives in runs.py, the tests in significance.py, the figures in com
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -15,7 +16,7 @@ from hpt_mega.evaluation.results import powers_of_two
 from hpt_mega.telemetry import comparison_plots, page
 from hpt_mega.telemetry.records import write_atomically
 from hpt_mega.telemetry.runs import Finished, comparable, find, unfinished
-from hpt_mega.telemetry.significance import Mean, mean, paired
+from hpt_mega.telemetry.significance import Mean, blocked, paired
 
 REFERENCE = "hpt"  # the method that others are tested against; where it is not there, the first
 
@@ -123,11 +124,12 @@ def _overall(runs: Sequence[Finished]) -> Table:
     rows = []
     for method in _methods(runs):
         own = _of(runs, method)
-        row = [method, *(_mean([_known(score(run)) for run in own]) for _, score in measured)]
+        row = [method, *(_mean(own, score) for _, score in measured)]
         rows.append([*row, *_test(_of(runs, reference), own)])
     return Table(
         "Held-out accuracy after training",
-        f"Percent; mean over models and seeds ± half the 95 % interval. The last columns pair {reference} "
+        f"Percent; mean over models and seeds ± half the 95 % interval that seeds give. The last "
+        f"columns pair {reference} "
         "with each method on the same model and seed, over all questions: difference in points, p of the "
         f"two-sided t-test. {_base_note(runs)}",
         ["method", *(name for name, _ in measured), f"{reference} − method", "p"],
@@ -163,7 +165,7 @@ def _by_cell(runs: Sequence[Finished]) -> Table:
     rows = []
     for method in _methods(runs):
         by_cell = ([run for run in _of(runs, method) if run.cell == cell] for cell in cells)
-        rows.append([method, *(_mean([_known(accuracy(run)) for run in own]) for own in by_cell)])
+        rows.append([method, *(_mean(own, accuracy) for own in by_cell)])
     return Table("By model", "Held-out accuracy on all questions, percent.", ["method", *cells], rows)
 
 
@@ -171,17 +173,15 @@ def _pass_at_k(runs: Sequence[Finished]) -> Table:
     samples = min(run.counts.samples for run in runs if run.counts)
     ks = powers_of_two(samples)
     rows = [
-        [
-            method,
-            *(
-                _mean([comparison_plots.solved_at(run.counts, k) for run in _of(runs, method) if run.counts])
-                for k in ks
-            ),
-        ]
+        [method, *(_mean(_of(runs, method), lambda run, k=k: _solved_at(run, k)) for k in ks)]  # type: ignore[misc]
         for method in _methods(runs)
     ]
     note = "Questions that at least one of k samples at temperature 1 answers, percent."
     return Table("pass@k", note, ["method", *(f"k = {k}" for k in ks)], rows)
+
+
+def _solved_at(run: Finished, k: int) -> float | None:
+    return comparison_plots.solved_at(run.counts, k) if run.counts else None
 
 
 def _by_task(runs: Sequence[Finished]) -> Table:
@@ -256,16 +256,20 @@ def _known(value: float | None) -> float:
     return value
 
 
-def _mean(values: Sequence[float]) -> str:
-    if not values:
+def _mean(runs: Sequence[Finished], score: Score) -> str:
+    if not runs:
         return "–"
-    found = mean(values)
-    return _percent(found.value) + (f" ± {_percent(found.half_width)}" if found.count > 1 else "")
+    cells = [[_known(score(run)) for run in runs if run.cell == cell] for cell in _cells(runs)]
+    return _with_width(_percent, blocked(cells))
+
+
+def _with_width(as_text: Callable[[float], str], found: Mean) -> str:
+    width = "" if math.isnan(found.half_width) else f" ± {_percent(found.half_width)}"
+    return as_text(found.value) + width
 
 
 def _signed(found: Mean) -> str:
-    width = f" ± {_percent(found.half_width)}" if found.count > 1 else ""
-    return f"{100 * found.value:+.1f}{width}"
+    return _with_width(lambda value: f"{100 * value:+.1f}", found)
 
 
 def _percent(share: float) -> str:

@@ -40,6 +40,20 @@ def mean(values: Sequence[float]) -> Mean:
     return Mean(fmean(values), quantile(LEVEL, count - 1) * stdev(values) / math.sqrt(count), count)
 
 
+def blocked(cells: Sequence[Sequence[float]]) -> Mean:
+    """The mean over the runs of several models, with the interval that seeds give: models' own levels are no
+    error of a method, so deviations are from each model's mean. half_width is nan for one run a model."""
+    values = [value for cell in cells for value in cell]
+    if not values:
+        raise ValueError("expected at least one value")
+    freedom = len(values) - len(cells)
+    if freedom == 0:
+        return Mean(fmean(values), math.nan, len(values))
+    squares = sum((value - fmean(cell)) ** 2 for cell in cells for value in cell)
+    error = math.sqrt(squares / freedom / len(values))
+    return Mean(fmean(values), quantile(LEVEL, freedom) * error, len(values))
+
+
 def paired(ours: Sequence[float], theirs: Sequence[float]) -> Paired:
     """The test of ours - theirs, run by run. p is nan for one pair, 1 or 0 where all pairs differ alike."""
     differences = [a - b for a, b in zip(ours, theirs, strict=True)]

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from hpt_mega.telemetry.significance import mean, paired, quantile, within
+from hpt_mega.telemetry.significance import blocked, mean, paired, quantile, within
 
 # Two-sided 95 % points, as printed in any table of Student's distribution.
 TABLE = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 9: 2.262, 19: 2.093, 30: 2.042, 60: 2.000}
@@ -41,6 +41,15 @@ def test_the_interval_of_a_mean_is_student_s() -> None:
     assert math.isnan(mean([4.0]).half_width)
     with pytest.raises(ValueError, match="at least one value"):
         mean([])
+
+
+def test_the_levels_of_models_do_not_widen_an_interval_over_seeds() -> None:
+    found = blocked([[1.0, 3.0], [101.0, 103.0, 105.0]])
+    assert found.value == pytest.approx(62.6)
+    error = math.sqrt((1 + 1 + 4 + 0 + 4) / 3 / 5)
+    assert found.half_width == pytest.approx(3.182 * error, rel=1e-3)
+    assert blocked([[3.0, 5.0, 7.0]]).half_width == pytest.approx(mean([3.0, 5.0, 7.0]).half_width)
+    assert math.isnan(blocked([[1.0], [2.0]]).half_width)
 
 
 def test_a_paired_test_is_the_test_of_the_differences() -> None:
