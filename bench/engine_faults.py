@@ -112,7 +112,7 @@ def bench(policy: Policy, folders: tuple[Path, Path], scratch: Path, count: int)
 
 
 def after_a_moment(act: Callable[[], None]) -> None:
-    threading.Timer(0.7, act).start()
+    threading.Timer(0.3, act).start()
 
 
 def in_next_update(one: Bench, act: Callable[[], None]) -> None:
@@ -158,11 +158,11 @@ def with_two(one: Bench) -> Iterator[str]:
     expected = one.collect()
     yield row("none", "", time.monotonic() - began, counted(expected, expected), f"{ready:.1f} s")
     faults = [
-        ("SIGKILL during generation", lambda: after_a_moment(one.process(1).kill), False),
-        ("SIGKILL of its worker", lambda: after_a_moment(one.process(1).children()[-1].kill), False),
         ("SIGSTOP during generation", lambda: after_a_moment(lambda: one.tell(1, stop)), False),
         ("SIGKILL during sync", lambda: in_next_update(one, one.process(1).kill), True),
         ("SIGSTOP during sync", lambda: in_next_update(one, lambda: one.tell(1, stop)), True),
+        ("SIGKILL during generation", lambda: after_a_moment(one.process(1).kill), False),
+        ("SIGKILL of its worker", lambda: after_a_moment(one.process(1).children()[-1].kill), False),
     ]
     for name, arrange, syncs in faults:
         arrange()
@@ -241,8 +241,8 @@ def main() -> None:
         "`python bench/engine_faults.py`: real vLLMs (CPU build), small random Llama, one trainer rank;",
         f"{len(PROMPTS)} prompts x {SAMPLING.n} samples. Deadlines: {LIMITS.update_s:g} s for a step of an",
         f"update, {ANSWER_S:g} s for a sign of life. The first six rows are of two servers, of which the",
-        "second meets the fault, the others of a lone one. Seconds are those of the collection, update or start",
-        "that the fault met; `back` those until all servers served again, beside other work on the machine.",
+        "second meets the fault, the others of a lone one. Seconds are those of the collection, update or",
+        "start that the fault met; `back` those until all servers served again, beside other work.",
         "",
         "| fault | what the fleet said | took | samples | back |",
         "|---|---|---|---|---|",
