@@ -76,7 +76,8 @@ def load_state(
     for a layout that the saved optimizer cannot be loaded into.
     """
     saved = dist_checkpointing.load_common_state_dict(str(folder))
-    written_as = saved["written_as"]
+    if (written_as := saved.get("written_as")) is None:
+        raise StateError(f"{folder} does not say in which layout it was written: an earlier version made it")
     _refuse_other_layout(folder, written_as, cfg)
     frozen = bool(cfg.optimizer.frozen)
     wanted = _sharded_state(model, optimizer, critic, written_as["format"], frozen=frozen, loading=True)

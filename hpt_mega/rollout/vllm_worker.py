@@ -5,7 +5,6 @@ The trainer's side of it is vllm.py; vllm_plugin.py makes it known to vLLM.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -21,8 +20,9 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 from vllm.platforms import current_platform
 
+from hpt_mega.resharding.assembly import Assembly
 from hpt_mega.resharding.manifest import Ledger, TransferError
-from hpt_mega.resharding.planner import Bucket, Plan, Slot
+from hpt_mega.resharding.planner import Plan
 from hpt_mega.resharding.transport import SharedBuckets
 
 
@@ -54,7 +54,7 @@ class SharedMemoryTransfer(WeightTransferEngine[InitInfo, UpdateInfo]):
     def start_weight_update(self) -> None:
         self._ledger = Ledger(self._plan)
         self._loaded: set[str] = set()
-        self._parts: dict[str, Tensor] = {}
+        self._assembly = Assembly()
         if current_platform.is_cpu():
             _forget_packed_experts(self.model)
         initialize_layerwise_reload(self.model)
@@ -65,8 +65,7 @@ class SharedMemoryTransfer(WeightTransferEngine[InitInfo, UpdateInfo]):
     def receive_weights(self, update_info: UpdateInfo) -> None:
         buffer = self._shared.buffer(update_info.index)
         bucket = self._ledger.receive(update_info.index, buffer, update_info.checksums)
-        tensors = self._tensors(bucket, buffer)
-        self._loaded |= cast(Any, self.model).load_weights(tensors)
+        self._loaded |= cast(Any, self.model).load_weights(self._assembly.take(bucket, buffer))
         _keep_pending(self.model, buffer)
 
     def finish_weight_update(self) -> None:
@@ -81,22 +80,6 @@ class SharedMemoryTransfer(WeightTransferEngine[InitInfo, UpdateInfo]):
 
     def shutdown(self) -> None:
         self._shared.close()
-
-    def _tensors(self, bucket: Bucket, buffer: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """The whole tensors that the bucket completes, as load_weights takes them."""
-        for slot in bucket.slots:
-            tensor = self._assembled(slot, buffer)
-            if tensor is not None:
-                yield slot.name, tensor
-
-    def _assembled(self, slot: Slot, buffer: Tensor) -> Tensor | None:
-        part = slot.view(buffer)
-        if slot.is_whole:
-            return part.view(slot.shape)
-        whole = self._parts.setdefault(slot.name, torch.empty(slot.shape, dtype=part.dtype))
-        whole[slot.first_row : slot.first_row + slot.rows] = part
-        is_last = slot.first_row + slot.rows == slot.shape[0]
-        return self._parts.pop(slot.name) if is_last else None
 
 
 def _keep_pending(model: torch.nn.Module, buffer: Tensor) -> None:
