@@ -45,7 +45,7 @@ def save_llama(folder: Path) -> Path:
 def config(fp8: Fp8Config, parallel: ParallelConfig | None = None, dtype: str = "fp32") -> Config:
     return Config(
         parallel=parallel or ParallelConfig(1, 1, 1),
-        precision=PrecisionConfig(dtype, fp8),
+        precision=PrecisionConfig(dtype, fp8=fp8),
         optimizer=OptimizerConfig(lr=2e-3, warmup_steps=0, schedule="constant"),
     )
 

@@ -58,7 +58,7 @@ def assert_laws(fusion: Fusion, tensors: list[Tensor], shape: ModelShape, size: 
         assert all(torch.equal(*pair) for pair in zip(back, tensors, strict=True))
     whole = fusion.join(shards)
     for rank in range(size):  # where a piece says it begins, it is
-        for start, piece in fusion.pieces(fusion.fuse(tensors, shape), rank, size):
+        for start, piece in fusion.pieces(fusion.fused_blocks(tensors, shape), rank, size):
             if fusion.dim is not None:
                 assert torch.equal(whole.narrow(fusion.dim, start, piece.shape[fusion.dim]), piece)
     return shards
@@ -113,5 +113,5 @@ def test_a_projection_to_latents_merges_from_parts_and_from_whole_copies(size: i
 def test_parts_that_cannot_be_equal_are_refused() -> None:
     with pytest.raises(ValueError, match="2 equal parts along dimension 1"):
         Split(1).shard(several((4, 5)), SHAPE, 0, 2)
-    with pytest.raises(ValueError, match="of 2 blocks"):
+    with pytest.raises(ValueError, match="each of 2 blocks of"):
         GateUp().shard(several((3, 5), (3, 5)), SHAPE, 0, 2)

@@ -79,8 +79,9 @@ class Fusion:
             return [(0, blocks[0])]
         length = blocks[0].shape[self.dim]
         if length % size:
+            each = f"each of {len(blocks)} blocks of " if len(blocks) > 1 else ""
             raise ValueError(
-                f"{len(blocks)} x {list(blocks[0].shape)} cannot be cut into {size} equal parts along "
+                f"{each}{list(blocks[0].shape)} cannot be cut into {size} equal parts along "
                 f"dimension {self.dim}"
             )
         part = length // size
