@@ -236,10 +236,13 @@ def histories(_: Path, __: Path) -> dict[tuple[int, str, int], list[float]]:
 
 
 def some_steps(folder: Path, fp8: Fp8Config, parallel: ParallelConfig) -> dict[str, Any]:
+    """Three steps; the scales are those after the first, before FP8 has made much of the last bits of a sum."""
     learner = build(folder, config(fp8, parallel))
-    for step in range(3):
+    learner.learn(batch(0), 0)
+    first = scales(learner) if fp8.recipe == "delayed" else {}
+    for step in (1, 2):
         learner.learn(batch(step), step)
-    found = {"nll": nll(learner), "scales": scales(learner) if fp8.recipe == "delayed" else {}}
+    found = {"nll": nll(learner), "scales": first}
     leave()
     return found
 
@@ -271,7 +274,7 @@ def test_two_tensor_parallel_ranks_learn_as_one(
     assert two[0]["nll"] == pytest.approx(one["nll"], rel=2e-3)
     for role, scale in two[0]["scales"].items():
         assert torch.equal(scale, two[1]["scales"][role])  # the amax is taken over both ranks
-        torch.testing.assert_close(scale, one["scales"][role], rtol=0.05, atol=0)
+        torch.testing.assert_close(scale, one["scales"][role], rtol=1e-3, atol=0)
 
 
 def resumed(folder: Path, states: Path) -> dict[str, float]:
