@@ -1,6 +1,6 @@
 """How closely the demo's real model in Megatron agrees with transformers, in fp32, layout by layout.
 
-    python bench/agreement.py --out bench/results/agreement.md
+    PYTHONPATH=. python bench/agreement.py --out bench/results/agreement.md
 
 Compared are the logits of every position and the gradient of the mean negative log-likelihood of all tokens
 but the first, on three short texts, each parameter after its way back to its Hugging Face name.

@@ -1,6 +1,6 @@
 """Servers that are killed, hang or find no port, in a fleet of real vLLMs: bench/results/engine_faults.md.
 
-    python bench/engine_faults.py --out bench/results/engine_faults.md
+    PYTHONPATH=. python bench/engine_faults.py --out bench/results/engine_faults.md
 
 A small random Llama in fp32, one trainer rank. Each fault meets two servers in the midst of 24 prompts x 4
 samples; they are counted, and compared with those of an undisturbed fleet. About 10 minutes on two cores.

@@ -1,6 +1,6 @@
 """Every trainer layout into every engine layout: log-probabilities and greedy text after a live update.
 
-    python bench/engine_matrix.py --out bench/results/engine_matrix.md
+    PYTHONPATH=. python bench/engine_matrix.py --out bench/results/engine_matrix.md
 
 Trainers TP1/2/3 and PP1/2, engines TP1/2, tied and untied, four families. A server starts on one set of
 weights and is brought to another; it is compared with transformers on those, and its greedy text with that of

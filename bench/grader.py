@@ -1,6 +1,6 @@
 """The grader beside math-verify alone on the hard pairs, and under 10,000 hostile answers.
 
-    python bench/grader.py --hostile --out bench/results/grader.md
+    PYTHONPATH=. python bench/grader.py --hostile --out bench/results/grader.md
 
 Pairs, golds and attacks are those of tests/rewards. math-verify runs as verify(parse(gold), parse(response))
 with its defaults, in a process that is killed after 30 s; and again with $ around the gold answer, as its

@@ -1,6 +1,6 @@
 """Agreement of every row with its published loss, and what the split into micro-batches moves.
 
-    python bench/objective_agreement.py --out bench/results/objective_agreement.md
+    PYTHONPATH=. python bench/objective_agreement.py --out bench/results/objective_agreement.md
 
 Batches, published losses and splits are those of tests/objective; here more of them, with the figures.
 """

@@ -6,7 +6,8 @@
 Every contender is a process of its own with all cores, started turn by turn in each round; the first step,
 which warms up, is not counted. All ask the same questions for the same number of samples, of the same model
 in the same dtype, with the same grader, and make one AdamW update; no KL term, no evaluation, no checkpoint.
-Training is a step without its rollout; ours without the grading, the others' with it.
+Groups whose samples all have the same reward have no gradient: ours leaves them out, the others train on
+them. Training is a step without its rollout; ours without the grading, the others' with it.
 """
 
 from __future__ import annotations
@@ -74,7 +75,13 @@ def overrides(model: str, folder: Path) -> list[str]:
         f"data.train_file={folder / 'questions.jsonl'}",
         "data.train_questions=256",
         f"data.heldout_file={folder / 'heldout.jsonl'}",
+        "reward.kind=peers.even",  # random weights solve nothing; equal rewards have no gradient
     ]
+
+
+def even(response: str, answer: str) -> float:
+    """A reward that nearly every group has both values of."""
+    return float(len(response) % 2 == 0)
 
 
 def make_5m(folder: Path) -> None:
@@ -84,7 +91,7 @@ def make_5m(folder: Path) -> None:
     models.save(folder / "model", "llama", "5m", seed=1)
     portions = [[exercises.Portion("chain", 4, count)] for count in (256, 8)]
     for name, drawn in zip(("questions", "heldout"), exercises.draw(portions, seed=1), strict=True):
-        exercises.write(folder / f"{name}.jsonl", drawn, {"chain 4": 1.0}, 1)
+        exercises.write(folder / f"{name}.jsonl", drawn, lambda one: one.worked)
 
 
 def ours(algorithm: Sequence[str]) -> Callable[[list[str], int, Path], Measured]:
@@ -129,9 +136,11 @@ CONTENDERS = {
 
 def finish(command: Sequence[str], folder: Path) -> float:
     """Run a contender to its end; the peak resident memory of the largest process of its tree, MiB."""
+    path = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]))
+    environment = os.environ | {"PYTHONPATH": path}  # for `even`
     peak, end, log = 0, time.monotonic() + DEADLINE_S, folder / "log"
     with log.open("w") as sink:
-        process = subprocess.Popen(command, stdout=sink, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(command, env=environment, stdout=sink, stderr=subprocess.STDOUT)
     while process.poll() is None:
         if time.monotonic() > end:
             process.kill()
@@ -356,9 +365,9 @@ def main() -> None:
         f"{QUESTIONS} questions with {SAMPLES} samples each a step, {len(os.sched_getaffinity(0))} cores, "
         f"{options.rounds} rounds of {options.steps} counted steps.",
     ]
-    everything: dict[str, dict[str, Any]] = {}
+    everything: dict[str, dict[str, Measured]] = {}
     for model in options.models:
-        found = {name: Measured() for name in CONTENDERS}
+        found = everything[model] = {name: Measured() for name in CONTENDERS}
         for number in range(options.rounds):
             for name, run in CONTENDERS.items():
                 with tempfile.TemporaryDirectory() as scratch:
@@ -366,14 +375,15 @@ def main() -> None:
                     if model == "5m":
                         make_5m(folder)
                     found[name].add(run(overrides(model, folder), options.steps, folder))
-                print(
-                    f"{model}, round {number + 1}, {name}: {found[name].step_s[-options.steps :]}", flush=True
-                )
-        lines += table(model, found)
-        everything[model] = {name: asdict(one) for name, one in found.items()}
-    options.out.write_text("\n".join(lines) + "\n")
-    options.out.with_suffix(".json").write_text(json.dumps(everything) + "\n")
-    print("\n".join(lines))
+                seconds = ", ".join(f"{step_s:.2f}" for step_s in found[name].step_s[-options.steps :])
+                print(f"{model}, round {number + 1}, {name}: {seconds} s a step", flush=True)
+            tables = [line for name, one in everything.items() for line in table(name, one)]
+            options.out.write_text("\n".join([*lines, *tables]) + "\n")  # what a kill leaves
+            numbers = {
+                model: {name: asdict(one) for name, one in of.items()} for model, of in everything.items()
+            }
+            options.out.with_suffix(".json").write_text(json.dumps(numbers) + "\n")
+    print(options.out.read_text())
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """FP8 recipes on the CPU emulation: error of matrix products, and 200 steps of training beside bf16.
 
-    python bench/precision.py --out bench/results/precision.md
+    PYTHONPATH=. python bench/precision.py --out bench/results/precision.md
 
 One process, one thread. The task is next-token prediction on a synthetic language whose entropy is known; all
 runs start from the same weights and see the same batches. The last rows scale wrongly on purpose.

@@ -1,6 +1,6 @@
 """Seconds of a weight update from a Megatron trainer (PP2) into a running vLLM, beside two other ways.
 
-    python bench/resharding.py --out bench/results/resharding.md
+    PYTHONPATH=. python bench/resharding.py --out bench/results/resharding.md
 
 The same bytes, the same engine, turn by turn: a plain copy in memory, our update, and the naive way: gather
 tensor by tensor, save a Hugging Face folder, have vLLM reload it. In bf16, SmolLM2-135M and a random model of
@@ -30,7 +30,7 @@ from tests.megatron.tiny import build_policy, config
 from tests.ranks import run_ranks
 
 ROUNDS = 5
-BUCKET_MIB = 64
+BUCKET_MIB = 256
 LARGE = {
     "vocab_size": 49152,
     "hidden_size": 1536,
