@@ -236,7 +236,7 @@ def histories(_: Path, __: Path) -> dict[tuple[int, str, int], list[float]]:
 
 
 def some_steps(folder: Path, fp8: Fp8Config, parallel: ParallelConfig) -> dict[str, Any]:
-    """Three steps; the scales are those after the first, before FP8 has made much of the last bits of a sum."""
+    """Three steps; the scales are those after the first: later ones make much of the last bits of a sum."""
     learner = build(folder, config(fp8, parallel))
     learner.learn(batch(0), 0)
     first = scales(learner) if fp8.recipe == "delayed" else {}
