@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -13,23 +14,12 @@ import pytest
 from hpt_mega.resharding.planner import Plan
 from hpt_mega.rollout.dispatch import Fleet, Intake
 from hpt_mega.rollout.engine import EngineError, Sample, SamplingParams
-from hpt_mega.rollout.fleet import Limits
 from hpt_mega.rollout.served import Probe, ServedEngine
 from hpt_mega.trajectory import Source, Trajectory
+from tests.rollout import test_dispatch
 
 pytestmark = pytest.mark.timeout(60)
-LIMITS = Limits(
-    start_s=20.0,
-    update_s=20.0,
-    request_s=20.0,
-    silence_s=20.0,
-    backoff_s=0.05,
-    backoff_max_s=0.2,
-    failures=3,
-    updates=2,
-    attempts=3,
-    slots=4,
-)
+LIMITS = replace(test_dispatch.LIMITS, attempts=3, slots=4)
 SAMPLING = SamplingParams(n=1, max_new_tokens=4)
 TEXT = Trajectory((1, 2), (3, 4, 5), group=0, source=Source.OFFLINE, policy_version=0)
 TRAINER_LOGP = (-0.5, -1.0, -2.0)
