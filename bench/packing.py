@@ -12,7 +12,7 @@ import argparse
 import os
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -101,11 +101,16 @@ class Bench:
     vocab_size: int
 
     def step(self, microbatches: Sequence[MicroBatch], run: Callable[..., Any]) -> None:
+        self.gradient(microbatches, run)
+        update(self.optimizer)
+
+    def gradient(self, microbatches: Sequence[MicroBatch], run: Callable[..., Any]) -> Iterator[torch.Tensor]:
+        """Each parameter's, of the mean over tokens."""
         tokens = sum(len(microbatch.targets_N) for microbatch in microbatches)
         self.wrapped.zero_grad_buffer()
         self.optimizer.zero_grad()
         run(microbatches, Objective(algorithm("sft"), float(tokens), 1.0, self.vocab_size))
-        update(self.optimizer)
+        return (parameter.main_grad for parameter in self.wrapped.parameters())
 
     def packed(self, microbatches: Sequence[MicroBatch], objective: Objective) -> None:
         forward_backward(self.wrapped, microbatches, objective, self.layout)
@@ -142,8 +147,8 @@ def demo_trajectories(cfg: Config, sequences: int) -> list[Trajectory]:
 def step_table(rounds: int, sequences: int, layers: int) -> list[str]:
     lines = [
         "| dtype | packed, CPU s | padded, CPU s | padded / packed (median; lowest, highest of a round) "
-        "| padding of packed | of padded |",
-        "|---|---|---|---|---|---|",
+        "| padding of packed | of padded | gradient: largest difference, of the largest |",
+        "|---|---|---|---|---|---|---|",
     ]
     for dtype in ("bf16", "fp32"):
         cfg = compose(["experiment=demo", "parallel=single", f"precision={dtype}"])
@@ -158,6 +163,12 @@ def step_table(rounds: int, sequences: int, layers: int) -> list[str]:
             collate([items[i] for i in part], [1.0] * len(part), segment_multiple=sizes[part[0]])
             for part in padded_plan(sizes, budget)
         ]
+        kept = [gradient.clone() for gradient in bench.gradient(packed, bench.packed)]
+        moved = max(
+            float((new - old).abs().max())
+            for old, new in zip(kept, bench.gradient(padded, bench.padded), strict=True)
+        )
+        largest = max(float(gradient.abs().max()) for gradient in kept)
         seconds: dict[str, list[float]] = {"packed": [], "padded": []}
         for round_ in range(rounds + 1):
             for name, batches, run in (
@@ -174,7 +185,8 @@ def step_table(rounds: int, sequences: int, layers: int) -> list[str]:
         lines.append(
             f"| {dtype} | {statistics.median(seconds['packed']):.2f} | "
             f"{statistics.median(seconds['padded']):.2f} | {statistics.median(ratios):.2f} "
-            f"({min(ratios):.2f}, {max(ratios):.2f}) | {waste[0]:.1%} | {waste[1]:.1%} |"
+            f"({min(ratios):.2f}, {max(ratios):.2f}) | {waste[0]:.1%} | {waste[1]:.1%} "
+            f"| {moved:.1e} of {largest:.1e} |"
         )
         print(lines[-1], flush=True)
     return lines

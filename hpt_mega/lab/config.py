@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
@@ -110,8 +110,16 @@ def _flat(ablations: dict[str, Variants]) -> Variants:
 
 def _read(path: Path) -> LabConfig:
     try:
-        cfg = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(LabConfig), OmegaConf.load(path)))
+        cfg = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(LabConfig), *_layers(path)))
     except (OSError, OmegaConfBaseException, YAMLError) as error:
         raise ConfigError(f"{path}: {str(error).splitlines()[0]}") from error
     assert isinstance(cfg, LabConfig)
     return cfg
+
+
+def _layers(path: Path) -> list[DictConfig]:
+    """The file, after the one beside it that it extends, if any."""
+    given = OmegaConf.load(path)
+    assert isinstance(given, DictConfig)
+    parent = given.pop("extends", None)
+    return [*(_layers(path.with_name(f"{parent}.yaml")) if parent else []), given]

@@ -1,0 +1,51 @@
+"""The examples run, and show what they say."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.toy import save_toy, settings
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+WITHOUT_MEGATRON = """
+import runpy, sys
+sys.modules["megatron"] = None
+sys.argv[1:] = {rows!r}
+runpy.run_path({path!r}, run_name="__main__")
+"""
+
+
+def one_gradient(*rows: str) -> list[dict[str, list[str]]]:
+    """The cells of each row, where a rollout is right and where none is."""
+    code = WITHOUT_MEGATRON.format(rows=list(rows), path=str(EXAMPLES / "one_gradient.py"))
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    tables = printed.split("rollouts right\n")[1:]
+    return [{line.split()[0]: line.split()[1:] for line in table.splitlines()[1:]} for table in tables]
+
+
+def test_one_gradient_shows_that_hpt_learns_from_the_demonstration_where_grpo_learns_nothing() -> None:
+    solved, unsolved = one_gradient("grpo", "hpt", "sft")
+    *rollouts, demonstration = map(float, solved["hpt"])
+    assert rollouts[0] > 0 > max(rollouts[1:]) and demonstration == 0
+    *rollouts, demonstration = map(float, unsolved["hpt"])
+    assert rollouts == [0, 0, 0, 0] and demonstration > 0
+    assert [float(cell) for cell in unsolved["grpo"][:4]] == [0, 0, 0, 0] and unsolved["grpo"][4] == "-"
+    assert float(unsolved["sft"][4]) == pytest.approx(1 / 5)  # a mean over its five tokens
+
+
+def test_own_task_trains_on_its_own_files_and_reward(tmp_path: Path) -> None:
+    toy = settings(save_toy(tmp_path / "toy"))
+    overrides = [one for one in toy if not one.startswith(("data.tasks", "data.train_questions"))]
+    command = [EXAMPLES / "own_task" / "run.sh", *overrides, "parallel=single", f"run_dir={tmp_path / 'run'}"]
+    environment = os.environ | {"HPT": str(Path(sys.executable).with_name("hpt"))}
+    subprocess.run([*map(str, command), "trainer.steps=1"], env=environment, check=True, timeout=240)
+    samples = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
+    assert all("How many" in sample["question"] for sample in samples) and len(samples) > 1
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["steps"] == 1 and summary["final_accuracy"] is not None
