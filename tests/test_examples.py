@@ -44,7 +44,7 @@ def test_own_task_trains_on_its_own_files_and_reward(tmp_path: Path) -> None:
     overrides = [one for one in toy if not one.startswith(("data.tasks", "data.train_questions"))]
     command = [EXAMPLES / "own_task" / "run.sh", *overrides, "parallel=single", f"run_dir={tmp_path / 'run'}"]
     environment = os.environ | {"HPT": str(Path(sys.executable).with_name("hpt"))}
-    subprocess.run([*map(str, command), "trainer.steps=1"], env=environment, check=True, timeout=240)
+    subprocess.run([*map(str, command), "trainer.steps=1"], env=environment, check=True, timeout=600)
     samples = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
     assert all("How many" in sample["question"] for sample in samples) and len(samples) > 1
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
