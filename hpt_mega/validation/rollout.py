@@ -49,8 +49,8 @@ def serves(cfg: Config) -> Iterator[str]:
     """Whether `hpt serve` can start what the config names."""
     if cfg.rollout.engine != "vllm":
         yield (
-            f"rollout.engine is {cfg.rollout.engine} and `hpt serve` starts vLLM; set rollout=vllm (SGLang is "
-            "served by its own `python -m sglang.launch_server`)"
+            f"rollout.engine is {cfg.rollout.engine} and `hpt serve` starts vLLM; set rollout=vllm (SGLang "
+            "is served by its own `python -m sglang.launch_server`)"
         )
     yield from installed(cfg)
 
