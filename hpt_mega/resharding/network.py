@@ -51,10 +51,10 @@ class BroadcastGroup:
         device = _DEVICES[meeting.backend]
         try:
             address = meeting.host if rank == 0 else address_towards(meeting.host)
-            store = store or _store(meeting, is_master=False)
+            keys: dist.Store = store or _store(meeting, is_master=False)
             for prefix in (meeting.name, f"{meeting.name}/", f"{device}/"):
-                store = dist.PrefixStore(prefix, store)
-            self._group = _backend(meeting, rank, address, store)
+                keys = dist.PrefixStore(prefix, keys)
+            self._group = _backend(meeting, rank, address, keys)
         except (RuntimeError, OSError) as error:
             raise self._error("did not meet", error) from None
         self._staging = torch.empty(0, dtype=torch.uint8, device=device)
@@ -132,7 +132,8 @@ class BroadcastGroup:
     def _broadcast(self, tensor: Tensor) -> dist.Work:
         options = dist.BroadcastOptions()
         options.rootRank = 0
-        return self._group.broadcast([tensor], options)
+        work: dist.Work = self._group.broadcast([tensor], options)
+        return work
 
     def _staged(self, flat: Tensor) -> Tensor:
         if self._staging.numel() < flat.numel():
@@ -185,14 +186,15 @@ def _store(meeting: Meeting, *, is_master: bool) -> dist.TCPStore:
     )
 
 
-def _backend(meeting: Meeting, rank: int, address: str, store: dist.Store) -> dist.Backend:
-    """torch's process group of one backend, without the default group's bookkeeping."""
+def _backend(meeting: Meeting, rank: int, address: str, store: dist.Store) -> Any:
+    """torch's process group of one backend, without the default group's bookkeeping; its stubs lack half."""
+    gloo: Any = dist.ProcessGroupGloo
     if meeting.backend == "nccl":
         options = dist.ProcessGroupNCCL.Options()
         # its watchdog ends the process at this time: our own deadline must come first
         options._timeout = timedelta(seconds=10 * meeting.deadline_s)
         return dist.ProcessGroupNCCL(store, rank, meeting.world_size, options)
-    settings: Any = dist.ProcessGroupGloo._Options()
+    settings = gloo._Options()
     settings._timeout = timedelta(seconds=meeting.deadline_s)
-    settings._devices = [dist.ProcessGroupGloo.create_device(hostname=address)]
-    return dist.ProcessGroupGloo(store, rank, meeting.world_size, settings)
+    settings._devices = [gloo.create_device(hostname=address)]
+    return gloo(store, rank, meeting.world_size, settings)

@@ -10,6 +10,7 @@ import os
 import socket
 import sys
 import time
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -47,6 +48,7 @@ def serve(cfg: Config, host: str, port: int) -> int:
 
     Raises ConfigError where the environment holds no key.
     """
+    warnings.filterwarnings("ignore", message=".*(Apex|Transformer Engine).*not installed.*")
     from hpt_mega.rollout.engine import EngineError
     from hpt_mega.rollout.external import KEY_VARIABLE
     from hpt_mega.rollout.servers import BACKOFF_S, DEATHS, HEARTBEATS, vllm_server

@@ -50,8 +50,8 @@ class WeightSync:
         self.plan = plan_update(tensors, bucket_bytes)
         writes = layout.cp_rank == 0  # the other ranks of a context hold the same
         held = [pair for pair in mine if writes and stages[pair[0].megatron][0] == layout.pp_rank]
-        self._shared = self._open(bucket_bytes)
         writes_by_bucket = plan_writes(self.plan, self._pieces(held, model))
+        self._shared = self._open(bucket_bytes)
         self._gather = Gather(writes_by_bucket, self._shared, layout.replica_group)
 
     def send(self, engines: Sequence[Receiver], policy_version: int) -> None:
