@@ -3,9 +3,8 @@
     PYTHONPATH=. python bench/resharding.py --out bench/results/resharding.md
 
 The same bytes, the same engine, turn by turn: a plain copy in memory, our update through memory and through a
-process group (gloo over the loopback interface), and the naive way: gather tensor by tensor, save a Hugging Face
-folder, have vLLM reload it. In bf16, SmolLM2-135M and a random model of
-about 1 GB.
+process group (gloo over the loopback interface), and the naive way: gather tensor by tensor, save a Hugging
+Face folder, have vLLM reload it. In bf16, SmolLM2-135M and a random model of about 1 GB.
 """
 
 from __future__ import annotations
