@@ -137,6 +137,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path
         [
             *(sys.executable, "-m", "hpt_mega.cli", "serve", *toy.settings(model), "rollout=vllm"),
             *("precision=fp32", f"run_dir={folder / 'serve'}", "--port", str(port)),
+            f"rollout.server.start_deadline_s={START_S}",
         ],
         env=os.environ | {KEY_VARIABLE: KEY, "OMP_NUM_THREADS": "1"},
     )
@@ -219,6 +220,7 @@ def updates(url: str, model: Path) -> list[list[float]]:
     return found
 
 
+@pytest.mark.timeout(2 * START_S)
 def test_weights_of_two_hosts_reach_a_server_bit_by_bit_which_is_killed_and_taken_again(
     served: tuple[str, Path], tmp_path: Path
 ) -> None:
@@ -227,6 +229,7 @@ def test_weights_of_two_hosts_reach_a_server_bit_by_bit_which_is_killed_and_take
     assert max(abs(a - b) for a, b in zip(memory, halved, strict=True)) > 1e-3
 
 
+@pytest.mark.timeout(2 * START_S)
 def test_a_run_is_served_by_a_server_it_did_not_start(served: tuple[str, Path], tmp_path: Path) -> None:
     url, model = served
     done = subprocess.run(
@@ -234,6 +237,7 @@ def test_a_run_is_served_by_a_server_it_did_not_start(served: tuple[str, Path], 
             *(sys.executable, "-m", "hpt_mega.cli", "train", *toy.settings(model), "parallel=pp2"),
             *("precision=fp32", "rollout=vllm", "rollout.server.bucket_mib=2", "trainer.steps=2"),
             *(f"run_dir={tmp_path / 'run'}", f"rollout.server.urls=[{url}]"),
+            f"rollout.server.start_deadline_s={START_S}",
         ],
         env=os.environ | {KEY_VARIABLE: KEY},
         capture_output=True,
