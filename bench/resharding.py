@@ -2,9 +2,9 @@
 
     PYTHONPATH=. python bench/resharding.py --out bench/results/resharding.md
 
-The same bytes, the same engine, turn by turn: a plain copy in memory, our update, and the naive way: gather
-tensor by tensor, save a Hugging Face folder, have vLLM reload it. In bf16, SmolLM2-135M and a random model of
-about 1 GB.
+The same bytes, the same engine, turn by turn: a plain copy in memory, our update through memory and through a
+process group (gloo over the loopback interface), and the naive way: gather tensor by tensor, save a Hugging
+Face folder, have vLLM reload it. In bf16, SmolLM2-135M and a random model of about 1 GB.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from hpt_mega.checkpoint.weights import export_hf
 from hpt_mega.config import ParallelConfig
+from hpt_mega.rollout.external import RemoteClient
 from hpt_mega.rollout.sync import WeightSync
 from hpt_mega.rollout.vllm import ServerSettings, VLLMClient, VLLMServer
 from tests.megatron.tiny import build_policy, config
@@ -69,8 +70,7 @@ def measure(client: VLLMClient, model: Path, folder: Path) -> dict[str, list[flo
     policy = build_policy(model, config(ParallelConfig(pp=2), dtype="bf16"), train=False)
     sync = WeightSync(policy.model, policy.family, policy.shape, policy.layout, BUCKET_MIB << 20)
     leads = policy.layout.is_leader
-    if leads:
-        client.connect(sync.path, sync.plan)
+    remote = RemoteClient(client.name, client.url, client.key, 300.0, 300.0, client.log)
     source = torch.ones(sync.plan.nbytes // 2 if leads else 1, dtype=torch.bfloat16)
     target = torch.empty_like(source)
     found: dict[str, list[float]] = {"bytes": [float(sync.plan.nbytes)]}
@@ -85,9 +85,15 @@ def measure(client: VLLMClient, model: Path, folder: Path) -> dict[str, list[flo
     for number in range(ROUNDS + 1):  # the first one touches all memory and is left out
         engine = Timed(client)
         timed("copy", lambda: target.copy_(source))
+        if leads:
+            client.connect(sync.path, sync.plan)
         timed("update", lambda engine=engine, number=number: sync.send([engine] if leads else [], number))
         for phase, seconds in engine.seconds.items():
             found.setdefault(phase, []).append(seconds)
+        if leads:
+            remote.connect(sync.path, sync.plan)
+        timed("update, network", lambda number=number: sync.send([remote] if leads else [], number))
+        remote.leave()
         timed(
             "gather and save",
             lambda: export_hf(policy.model, policy.family, policy.shape, folder, model, policy.layout),

@@ -23,6 +23,7 @@ from hpt_mega.evaluation.command import configure as configure_eval
 from hpt_mega.lab.command import configure as configure_lab
 from hpt_mega.planning.command import configure as configure_plan
 from hpt_mega.rewards.command import add_grade_options
+from hpt_mega.rollout.serve import configure as configure_serve
 
 CONFIG_ERROR = 2  # exit code; argparse's own for a wrong command line
 
@@ -97,6 +98,7 @@ def _parser() -> argparse.ArgumentParser:
     configure_plan(verbs.add_parser("plan", help="which layout fits a model on GPUs, and how fast it is"))
 
     configure_lab(verbs.add_parser("lab", help="compare all methods on small models made here"))
+    configure_serve(verbs.add_parser("serve", help="serve rollouts to a trainer on another node"))
     configure_dryrun(verbs.add_parser("dryrun", help="examine a job of any size without a GPU"))
 
     grade = verbs.add_parser(

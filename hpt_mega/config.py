@@ -175,6 +175,9 @@ class ServerConfig:
     """The servers of engine=vllm and sglang; each data-parallel replica owns its own."""
 
     engines: int = 1  # a replica's servers; the prompts of one that dies go to the others
+    # servers of `hpt serve` elsewhere, in place of started ones, dealt over the replicas; their key is in the
+    # environment variable HPT_ROLLOUT_KEY: [http://node7:30000, http://node8:30000]
+    urls: list[str] = field(default_factory=list)
     tp: int = 1  # tensor parallelism inside a server
     kv_cache_gib: int = 1  # on CPU
     gpu_memory_share: float = 0.5  # on GPU: of its memory, for weights and KV cache

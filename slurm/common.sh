@@ -8,6 +8,8 @@
 #   APPTAINER      an image for apptainer; default: none
 #   MOUNTS         further folders a container sees, with commas
 #   MIN_DISK_GIB   free space that every node must have in the run's folder (50)
+#   ROLLOUT_NODES  the job's last nodes, so many, run `hpt serve`, the others train (0: engines and training share all)
+#   ROLLOUT_HOSTS  the addresses of those nodes, with commas; default: their names
 #   PREFLIGHT      0 leaves the checks of the nodes out (1)
 #   SRUN_OPTIONS   further options of every srun
 # Options of every script: --dry-run prints what would be launched; everything else goes to hpt.
@@ -91,13 +93,15 @@ run_training() {
   enter_job || return 0
   run_dir=$(ask run-dir "$@")
   port=$((20000 + ${SLURM_JOB_ID:-0} % 20000))
-  MASTER_ADDR=${MASTER_ADDR:-$(first_node)}
+  MASTER_ADDR=${MASTER_ADDR:-$(job_nodes | sed -n 1p)}
   export MASTER_ADDR MASTER_PORT=$port OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} PYTHONUNBUFFERED=1
   [ -n "$DRY_RUN" ] || { mkdir -p "$run_dir/logs" && rm -f "$run_dir"/logs/{failure_rank*.json,stopped}; }
   preflight "$run_dir" || { echo "error: pre-flight failed; nothing was trained" >&2 && return 3; }
+  split_nodes "$@" || return 3
+  serve_rollouts "$run_dir" "$@"
 
-  local command=("$HPT_PYTHON" -m hpt_mega.slurm rank "$@" resume=auto)
-  local options=(--ntasks="${SLURM_NTASKS:-1}" --output="$run_dir/logs/rank%t.log" --open-mode=append)
+  local command=("$HPT_PYTHON" -m hpt_mega.slurm rank "$@" "${SERVED[@]}" resume=auto)
+  local options=("${TRAINING[@]}" --output="$run_dir/logs/rank%t.log" --open-mode=append)
   if [ -n "$DRY_RUN" ]; then
     on_nodes "${options[@]}" -- "${command[@]}"
     return
@@ -109,6 +113,7 @@ run_training() {
   trap 'echo "asked to stop: saving at the end of the step"; kill -USR1 "$child"' USR1
   wait_for "$child" || code=$?
   trap - USR1
+  end_servers
   finish "$run_dir" "$code"
 }
 
@@ -118,13 +123,16 @@ enter_job() {
     cd "$HPT_ROOT"
     return 0
   fi
-  local submit=(sbatch "$0" "${ARGUMENTS[@]}")
+  local -a more=()
+  # the script's nodes train, those that serve are asked for beside them
+  if [ "${ROLLOUT_NODES:-0}" != 0 ]; then more=(--nodes=$(($(sbatch_value nodes 1) + ROLLOUT_NODES))); fi
+  local submit=(sbatch "${more[@]}" "$0" "${ARGUMENTS[@]}")
   if [ -z "$DRY_RUN" ]; then
     "${submit[@]}"
     return 1
   fi
   show "${submit[@]}"
-  SLURM_JOB_NUM_NODES=$(sbatch_value nodes 1)
+  SLURM_JOB_NUM_NODES=$(($(sbatch_value nodes 1) + ${ROLLOUT_NODES:-0}))
   SLURM_NTASKS=$((SLURM_JOB_NUM_NODES * $(sbatch_value ntasks-per-node 1)))
   SLURM_GPUS_ON_NODE=$(sbatch_value gpus-per-node "")
 }
@@ -136,8 +144,70 @@ sbatch_value() {
   echo "${found:-$2}"
 }
 
-first_node() {
-  if [ -n "${SLURM_JOB_NODELIST:-}" ]; then scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1; else echo NODE0; fi
+# The job's nodes, one a line.
+job_nodes() {
+  if [ -n "${SLURM_JOB_NODELIST:-}" ]; then
+    scontrol show hostnames "$SLURM_JOB_NODELIST"
+  else
+    printf 'NODE%d\n' $(seq 0 $((${SLURM_JOB_NUM_NODES:-1} - 1)))
+  fi
+}
+
+# Leaves srun's options of the trainer's nodes in TRAINING, of those that serve in SERVING, and in SERVED the
+# overrides by which the trainer finds the servers; the last two are empty where ROLLOUT_NODES is 0.
+split_nodes() {
+  local -a nodes hosts urls
+  local training port=$((10000 + ${SLURM_JOB_ID:-0} % 10000)) count=${ROLLOUT_NODES:-0}
+  TRAINING=(--ntasks="${SLURM_NTASKS:-1}") SERVING=() SERVED=()
+  [ "$count" != 0 ] || return 0
+  mapfile -t nodes < <(job_nodes)
+  training=$((${#nodes[@]} - count))
+  if [ "$training" -lt 1 ]; then
+    echo "error: ROLLOUT_NODES is $count and the job has ${#nodes[@]} nodes; none is left to train" >&2
+    return 1
+  fi
+  local names=("${nodes[@]:training}") tasks=$((SLURM_NTASKS / ${#nodes[@]}))
+  TRAINING=(--nodes="$training" --nodelist="$(joined "${nodes[@]:0:training}")"
+    --ntasks=$((training * tasks)) --ntasks-per-node="$tasks")
+  SERVING=(--nodes="$count" --nodelist="$(joined "${names[@]}")" --ntasks="$count" --ntasks-per-node=1)
+  IFS=, read -ra hosts <<<"${ROLLOUT_HOSTS:-$(joined "${names[@]}")}"
+  mapfile -t urls < <(printf "http://%s:$port\n" "${hosts[@]}")
+  [[ " $* " == *" rollout="* ]] || SERVED+=(rollout=vllm)
+  [[ " $* " == *" rollout.server.gpu_memory_share="* ]] || SERVED+=(rollout.server.gpu_memory_share=0.9)
+  SERVED+=("rollout.server.urls=[$(joined "${urls[@]}")]")
+  SERVER=(--host 0.0.0.0 --port "$port")
+}
+
+# Words with commas between them.
+joined() {
+  local IFS=,
+  echo "$*"
+}
+
+# Start a server on each node of SERVING, with a key that only this job knows; its srun is in SERVERS.
+serve_rollouts() {
+  local run_dir=$1
+  shift
+  SERVERS=
+  [ "${#SERVING[@]}" != 0 ] || return 0
+  local command=("$HPT_PYTHON" -m hpt_mega.cli serve "$@" "${SERVED[@]}" "${SERVER[@]}")
+  local options=("${SERVING[@]}" --output="$run_dir/logs/serve%t.log" --open-mode=append)
+  HPT_ROLLOUT_KEY=$(head -c 24 /dev/urandom | od -An -tx1 | tr -d ' \n')
+  export HPT_ROLLOUT_KEY
+  if [ -n "$DRY_RUN" ]; then
+    on_nodes "${options[@]}" -- "${command[@]}"
+    return
+  fi
+  prepare "${options[@]}" -- "${command[@]}"
+  "${LAUNCH[@]}" 2>"$run_dir/logs/serve-srun.log" &
+  SERVERS=$!
+}
+
+# The servers run until they are ended.
+end_servers() {
+  [ -n "$SERVERS" ] || return 0
+  kill "$SERVERS" 2>/dev/null || true
+  wait_for "$SERVERS" || true
 }
 
 # Wait for a child to end, through signals; returns its exit code.

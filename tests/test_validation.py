@@ -153,6 +153,34 @@ def test_sglang_is_refused_where_there_is_no_gpu_and_servers_where_there_are_too
     assert "engines is 0, expected above 0" in problems(*fixed, "rollout.server.engines=0")
 
 
+@pytest.mark.parametrize(
+    ("urls", "more", "expected"),
+    [
+        ("http://node7:30000", ("rollout=megatron",), "rollout.engine is megatron, which asks none"),
+        ("node7:30000", (), "holds 'node7:30000', expected http://HOST:PORT"),
+        ("http://node7", (), "holds 'http://node7', expected http://HOST:PORT"),
+        ("http://a:1,http://a:1", (), "names 1 servers in 2 entries and parallel.dp is 1"),
+        ("http://a:1", ("parallel.dp=2",), "names 1 servers in 1 entries and parallel.dp is 2"),
+        ("http://a:1,http://b:1", ("parallel.dp=2",), ""),
+    ],
+)
+def test_servers_at_urls_need_a_key_an_address_and_to_be_enough(
+    urls: str,
+    more: tuple[str, ...],
+    expected: str,
+    model_folder: MakeModel,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("HPT_ROLLOUT_KEY", "secret")
+    own = () if more and "rollout" in more[0] else ("rollout=sglang",)  # which needs no GPU here then
+    fixed = (f"model.path={model_folder()}", f"run_dir={tmp_path}/run", f"rollout.server.urls=[{urls}]")
+    said = problems(*fixed, *own, *more)
+    assert expected in said if expected else said == ""
+    monkeypatch.delenv("HPT_ROLLOUT_KEY")
+    assert "the environment variable HPT_ROLLOUT_KEY is not set" in problems(*fixed, *own, *more)
+
+
 def test_all_problems_are_listed_at_once(model_folder: MakeModel, tmp_path: Path) -> None:
     said = problems(
         f"model.path={model_folder()}", f"run_dir={tmp_path}/run", "parallel.pp=31", "trainer.steps=0"

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from hpt_mega.checkpoint.safetensors import DTYPE_CODES, Spec
@@ -34,8 +35,12 @@ class Slot:
     offset: int
 
     @property
+    def torch_dtype(self) -> torch.dtype:
+        return _DTYPES[self.dtype]
+
+    @property
     def nbytes(self) -> int:
-        return self.rows * math.prod(self.shape[1:]) * _DTYPES[self.dtype].itemsize
+        return self.rows * math.prod(self.shape[1:]) * self.torch_dtype.itemsize
 
     @property
     def is_whole(self) -> bool:
@@ -44,7 +49,7 @@ class Slot:
     def view(self, bucket: Tensor) -> Tensor:
         """The slot's rows as a tensor [rows, ...], on a bucket's bytes (uint8)."""
         raw = bucket[self.offset : self.offset + self.nbytes]
-        return raw.view(_DTYPES[self.dtype]).view(self.rows, *self.shape[1:])
+        return raw.view(self.torch_dtype).view(self.rows, *self.shape[1:])
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,13 @@
-"""Moves the buckets of a weight update from the trainer's ranks to engines of the same host: shared memory.
+"""The buckets of a weight update from begin to end, and the memory that they are filled in and read from.
 
-Each rank copies what it holds straight to its place in the bucket: the gather is the memory the engine reads.
+Ranks and engines of the leader's host use that memory itself; how ranks of other hosts fill it is in
+gather.py, how engines of other hosts are sent it in network.py.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
 
@@ -15,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hpt_mega.resharding.manifest import TransferError, checksums
-from hpt_mega.resharding.planner import Plan, Write
+from hpt_mega.resharding.planner import Plan
 
 BUFFERS = 2  # one is filled while engines read the other
 
@@ -67,25 +68,25 @@ class Receiver(Protocol):
 
 def stream(
     plan: Plan,
-    writes: Sequence[Sequence[Write]],
-    shared: SharedBuckets,
+    fill: Callable[[int], None],
+    shared: SharedBuckets | None,
     group: dist.ProcessGroup,
     engines: Sequence[Receiver],
     policy_version: int,
 ) -> None:
     """Fill the buckets together with all ranks of `group`, and have each engine read them in turn.
 
-    `writes` are this rank's copies by bucket; `engines` are given on one rank only. While they read one
-    bucket, the ranks fill the next. What an engine raises is raised there, and TransferError on the other
-    ranks; all leave at the same bucket.
+    `fill` brings what this rank holds of a bucket; `engines` are given on one rank only, which has the memory
+    `shared`. While they read one bucket, the ranks fill the next. What an engine raises is raised there, and
+    TransferError on the other ranks; all leave at the same bucket.
     """
     with ThreadPoolExecutor(max(1, len(engines)), thread_name_prefix="weights") as pool:
         busy: list[Future[None]] = [pool.submit(engine.begin_update) for engine in engines]
         for index, bucket in enumerate(plan.buckets):
-            for write in writes[index]:
-                write.run(shared.buffer(index))
+            fill(index)
             _agree(group, busy)
             if engines:
+                assert shared is not None
                 announced = checksums(bucket, shared.buffer(index))
                 busy = [pool.submit(engine.load, index, announced) for engine in engines]
         _agree(group, busy)
@@ -96,9 +97,14 @@ def stream(
 def _agree(group: dist.ProcessGroup, busy: Sequence[Future[None]]) -> None:
     """Wait for this rank's engines, and for all ranks; raise on all where one failed."""
     errors = [error for future in busy if (error := future.exception())]
-    failed = torch.tensor([len(errors)])
+    failed = torch.tensor([len(errors)], device=device_of(group))
     dist.all_reduce(failed, op=dist.ReduceOp.MAX, group=group)
     if errors:
         raise errors[0]
     if failed.item():
         raise TransferError("an engine did not take the weights; the log of the replica's leader says why")
+
+
+def device_of(group: dist.ProcessGroup) -> torch.device:
+    """Where the tensors that go through a group lie."""
+    return torch.device("cuda" if dist.get_backend(group) == "nccl" else "cpu")

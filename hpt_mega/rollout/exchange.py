@@ -7,7 +7,11 @@ from urllib.parse import urlsplit
 
 
 class ExchangeError(Exception):
-    """An exchange that failed; the message goes on from the engine's name."""
+    """An exchange that failed; the message goes on from the engine's name. `status` is of an HTTP answer."""
+
+    def __init__(self, message: str, status: int | None = None) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 def exchange(url: str, method: str, path: str, body: str | None, key: str, timeout_s: float) -> bytes:
@@ -30,5 +34,5 @@ def exchange(url: str, method: str, path: str, body: str | None, key: str, timeo
         connection.close()
     if response.status != http.HTTPStatus.OK:
         said = content.decode(errors="replace")[:500]
-        raise ExchangeError(f"answered {response.status} to {path}: {said}")
+        raise ExchangeError(f"answered {response.status} to {path}: {said}", response.status)
     return content

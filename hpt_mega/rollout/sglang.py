@@ -21,6 +21,8 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from hpt_mega.resharding.assembly import Assembly
+from hpt_mega.resharding.manifest import TransferError
+from hpt_mega.resharding.network import BroadcastGroup, Meeting
 from hpt_mega.resharding.planner import Plan
 from hpt_mega.resharding.transport import SharedBuckets
 from hpt_mega.rollout import sglang_wire as wire
@@ -94,7 +96,7 @@ class SGLangEngine:
         self._version: int | None = None
         self._awake = True  # and not paused: a health check is answered by generating a token
         self._session = False  # a weight update was begun and not ended
-        self._group: wire.BroadcastGroup | None = None
+        self._group: BroadcastGroup | None = None
         self._plan: Plan | None = None
         self._shared: SharedBuckets | None = None
         self._assembly = Assembly()
@@ -294,36 +296,37 @@ class SGLangEngine:
             answer = pool.submit(
                 self._post, "/update_weights_from_distributed", body, self._settings.update_s
             )
-            self._group.send(flat, answer)
-
-    def _join(self) -> wire.BroadcastGroup:
-        """A new group of us and the server's ranks; the server answers when all have met."""
-        settings, port = self._settings, free_port()
-        group_name = f"hpt-{self.name}-{secrets.token_hex(4)}"
-        body = {
-            "master_address": settings.group_host,
-            "master_port": port,
-            "rank_offset": 1,
-            "world_size": 1 + settings.tp,
-            "group_name": group_name,
-            "backend": settings.group_backend,
-        }
-        with ThreadPoolExecutor(1) as pool:
-            answer = pool.submit(self._post, "/init_weights_update_group", body, settings.update_s)
             try:
-                group = wire.BroadcastGroup(
-                    settings.group_host,
-                    port,
-                    1 + settings.tp,
-                    group_name,
-                    settings.group_backend,
-                    settings.update_s,
-                )
-            except EngineError:
-                answer.result()  # where the server refused, that is the reason
-                raise
-            answer.result()
-        return group
+                self._group.send(flat, answer)
+            except TransferError as error:
+                raise self._error(str(error)) from None
+
+    def _join(self) -> BroadcastGroup:
+        """A new group of us and the server's ranks; the server answers when all have met."""
+        settings = self._settings
+
+        def invite(meeting: Meeting) -> None:
+            body = {
+                "master_address": meeting.host,
+                "master_port": meeting.port,
+                "rank_offset": 1,
+                "world_size": meeting.world_size,
+                "group_name": meeting.name,
+                "backend": meeting.backend,
+            }
+            self._post("/init_weights_update_group", body, settings.update_s)
+
+        try:
+            return BroadcastGroup.open(
+                settings.group_host,
+                1 + settings.tp,
+                f"hpt-{self.name}-{secrets.token_hex(4)}",
+                settings.group_backend,
+                settings.update_s,
+                invite,
+            )
+        except TransferError as error:
+            raise self._error(str(error)) from None
 
     def _leave_group(self) -> None:
         if self._group is None:

@@ -1,31 +1,23 @@
-"""How weights reach an SGLang server: flattened buckets, through memory on this host or a broadcast.
+"""How weights are packed for an SGLang server: flattened buckets, and handles of memory on this host.
 
 Read from sglang 0.5.23: srt/weight_sync/tensor_bucket.py, srt/utils/common.py (MultiprocessingSerializer,
-SafeUnpickler, init_custom_process_group), srt/model_executor/model_runner_components/weight_updater.py.
+SafeUnpickler), srt/model_executor/model_runner_components/weight_updater.py.
 """
 
 from __future__ import annotations
 
 import base64
 import io
-import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future
-from datetime import timedelta
 from multiprocessing.reduction import ForkingPickler
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import distributed_c10d as c10d
 from torch.multiprocessing import reductions
 
-from hpt_mega.rollout.engine import EngineError
-
 LOAD_FORMAT = "flattened_bucket"
-_POLL_S = 0.001
 _DEVICE = 6  # rebuild_cuda_tensor's argument that names the device
 
 
@@ -80,47 +72,3 @@ def _cuda_handle(tensor: Tensor) -> tuple[Callable[..., Tensor], tuple[Any, ...]
     rebuild, arguments = reductions.reduce_tensor(tensor)
     uuid = str(torch.cuda.get_device_properties(arguments[_DEVICE]).uuid)
     return rebuild, (*arguments[:_DEVICE], uuid, *arguments[_DEVICE + 1 :])
-
-
-class BroadcastGroup:
-    """The trainer's end, rank 0, of a process group with the ranks of one server.
-
-    It stands beside the default group. Made with the function that SGLang makes its end with, since both ends
-    must agree on the keys of the rendezvous.
-    """
-
-    def __init__(self, host: str, port: int, world_size: int, name: str, backend: str, deadline_s: float):
-        """Waits for the server's ranks. Raises EngineError where they do not come within the deadline."""
-        self.name = name
-        self._deadline_s = deadline_s
-        timeout = timedelta(seconds=deadline_s)
-        try:
-            store = dist.TCPStore(host, port, world_size, is_master=True, timeout=timeout)
-            self._group, _ = c10d._new_process_group_helper(
-                world_size,
-                0,
-                [],
-                dist.Backend(backend),
-                dist.PrefixStore(name, store),
-                group_name=c10d.GroupName(name),
-                timeout=timeout,
-            )
-        except (RuntimeError, ValueError) as error:
-            raise EngineError(f"group {name} of {world_size} ranks at {host}:{port}: {error}") from None
-        c10d._world.pg_group_ranks[self._group] = {rank: rank for rank in range(world_size)}
-
-    def send(self, flat: Tensor, answer: Future[Any]) -> None:
-        """Broadcast, until the server has answered too. Raises what the answer raises, or EngineError."""
-        work = dist.broadcast(flat, src=0, group=self._group, async_op=True)
-        must_end_by = time.monotonic() + self._deadline_s
-        while not (work.is_completed() and answer.done()):
-            if answer.done() and answer.exception() is not None:
-                answer.result()
-            if time.monotonic() > must_end_by:
-                raise EngineError(f"a broadcast of {flat.numel()} bytes took over {self._deadline_s:g} s")
-            time.sleep(_POLL_S)
-        work.wait()
-        answer.result()
-
-    def close(self) -> None:
-        dist.destroy_process_group(self._group)

@@ -15,6 +15,7 @@ from hpt_mega.checkpoint.safetensors import Spec
 from hpt_mega.checkpoint.weights import own_entries
 from hpt_mega.megatron.model import PolicyModel
 from hpt_mega.megatron.runtime import Layout
+from hpt_mega.resharding.gather import Gather
 from hpt_mega.resharding.manifest import check_names
 from hpt_mega.resharding.mapping import Entry, Family, ModelShape
 from hpt_mega.resharding.mapping.fusion import Piece
@@ -49,20 +50,24 @@ class WeightSync:
         self.plan = plan_update(tensors, bucket_bytes)
         writes = layout.cp_rank == 0  # the other ranks of a context hold the same
         held = [pair for pair in mine if writes and stages[pair[0].megatron][0] == layout.pp_rank]
-        self._writes = plan_writes(self.plan, self._pieces(held, model))
+        writes_by_bucket = plan_writes(self.plan, self._pieces(held, model))
         self._shared = self._open(bucket_bytes)
+        self._gather = Gather(writes_by_bucket, self._shared, layout.replica_group)
 
     def send(self, engines: Sequence[Receiver], policy_version: int) -> None:
         """Bring the engines, given on the leader only, to the current weights. Raises on all ranks alike."""
-        stream(self.plan, self._writes, self._shared, self._layout.replica_group, engines, policy_version)
+        group = self._layout.replica_group
+        stream(self.plan, self._gather.fill, self._shared, group, engines, policy_version)
 
     @property
     def path(self) -> str:
-        """Where an engine on this host finds the buckets."""
+        """Where a process on the leader's host finds the buckets; the leader knows it."""
+        assert self._shared is not None
         return self._shared.path
 
     def close(self) -> None:
-        self._shared.close()
+        if self._shared is not None:
+            self._shared.close()
 
     def _first_stages(self, mine: dict[str, Spec]) -> dict[str, tuple[int, Spec]]:
         """The first pipeline stage that holds each parameter (a tied embedding lies on two), and its form."""
@@ -85,16 +90,12 @@ class WeightSync:
             for piece in entry.fusion.contribution(part.detach(), self._shape, *place):
                 yield entry.hf[piece.tensor], piece
 
-    def _open(self, bucket_bytes: int) -> SharedBuckets:
-        """The leader's shared memory, as every rank of the replica sees it."""
+    def _open(self, bucket_bytes: int) -> SharedBuckets | None:
+        """The leader's memory, as every rank of the replica sees it; None on other hosts."""
         layout = self._layout
-        hosts = [""] * dist.get_world_size(layout.replica_group)
-        dist.all_gather_object(hosts, socket.gethostname(), group=layout.replica_group)
-        if len(set(hosts)) > 1:
-            raise ValueError(
-                "servers are brought the weights through one machine's memory, and this replica's "
-                f"ranks are on {', '.join(sorted(set(hosts)))}; lower parallel.pp, or set rollout=megatron"
-            )
         shared = SharedBuckets.create(bucket_bytes) if layout.is_leader else None
-        path = layout.broadcast_object(shared.path if shared else None)
+        host = socket.gethostname()
+        leader_host, path = layout.broadcast_object((host, shared.path) if shared else None)
+        if host != leader_host:
+            return None
         return shared or SharedBuckets(path, bucket_bytes)

@@ -29,6 +29,7 @@ _REQUESTS_AT_ONCE = 64
 # Each update frees and takes the memory of all weights: on CPU, asking the kernel for it anew costs more than
 # the copy into it. No block is given back, and huge pages are used where the machine lends them.
 _KEEP_MEMORY = "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184:glibc.malloc.hugetlb=1"
+_REQUIRE_KEY = "hpt_mega.rollout.vllm_plugin.RequireKey"
 _POLL_S = 0.25
 _LOOK_S = 5.0  # for an answer during the start
 _BEFORE_UPDATES = "default"  # vLLM's name of the weights it was started with
@@ -52,10 +53,10 @@ class ServerSettings:
 
 @dataclass
 class VLLMClient:
-    """The HTTP client of one vLLM server on this host. Methods may be called from any thread."""
+    """The HTTP client of one vLLM server, of this host. Methods may be called from any thread."""
 
     name: str  # in messages
-    port: int
+    url: str
     key: str = field(repr=False)
     request_deadline_s: float
     answer_deadline_s: float  # of what neither samples nor moves weights
@@ -109,7 +110,7 @@ class VLLMClient:
     def trouble(self, path: str = "/health", timeout_s: float | None = None) -> str:
         """Empty where the server answers; else what it did instead."""
         try:
-            exchange(self._url, "GET", path, None, self.key, timeout_s or self.answer_deadline_s)
+            exchange(self.url, "GET", path, None, self.key, timeout_s or self.answer_deadline_s)
         except ExchangeError as error:
             return str(error)
         return ""
@@ -145,13 +146,9 @@ class VLLMClient:
 
     def _request(self, method: str, path: str, body: str | None, timeout_s: float) -> bytes:
         try:
-            return exchange(self._url, method, path, body, self.key, timeout_s)
+            return exchange(self.url, method, path, body, self.key, timeout_s)
         except ExchangeError as error:
             raise self.error(str(error)) from None
-
-    @property
-    def _url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
 
     def error(self, what: str) -> EngineError:
         end = "".join(f"\n  | {line}" for line in tail(self.log, _LOG_LINES).splitlines())
@@ -168,6 +165,10 @@ class VLLMServer:
     request_deadline_s: float
     answer_deadline_s: float = 30.0
     environment: dict[str, str] = field(default_factory=dict)  # e.g. CUDA_VISIBLE_DEVICES
+    address: str = "127.0.0.1"  # where it listens
+    port: int = 0  # 0: a free one
+    key: str = field(default="", repr=False)  # empty: one that only we know
+    middleware: tuple[str, ...] = ()
     _process: OwnedProcess | None = None
     _client: VLLMClient | None = None
 
@@ -182,9 +183,17 @@ class VLLMServer:
         """Start the server and wait until it answers. Raises EngineError, with its log's end."""
         self.close()
         must_end_by = time.monotonic() + deadline_s
-        key = secrets.token_urlsafe(24)
-        port = free_port()
-        client = VLLMClient(self.name, port, key, self.request_deadline_s, self.answer_deadline_s, self.log)
+        key = self.key or secrets.token_urlsafe(24)
+        port = self.port or free_port()
+        host = "127.0.0.1" if self.address == "0.0.0.0" else self.address
+        client = VLLMClient(
+            self.name,
+            f"http://{host}:{port}",
+            key,
+            self.request_deadline_s,
+            self.answer_deadline_s,
+            self.log,
+        )
         process = OwnedProcess(self._command(port), self._own_environment(key) | self.environment, self.log)
         self._process = process
         # not /health, which anybody's server on a port that was taken meanwhile would answer to our key
@@ -217,7 +226,7 @@ class VLLMServer:
         settings = self.settings
         options = {
             "model": settings.model,
-            "host": "127.0.0.1",
+            "host": self.address,
             "port": port,
             "dtype": settings.dtype,
             "max-model-len": settings.max_model_len,
@@ -228,7 +237,6 @@ class VLLMServer:
             "generation-config": "vllm",
             "logprobs-mode": "processed_logprobs" if settings.logp_at_temperature else "raw_logprobs",
             "weight-transfer-config": json.dumps({"backend": BACKEND}),
-            "middleware": "hpt_mega.rollout.vllm_plugin.RequireKey",
             "uvicorn-log-level": "warning",
         }
         flags = ["--enable-scale-out", "--skip-tokenizer-init", "--no-enable-log-requests"]
@@ -238,6 +246,8 @@ class VLLMServer:
         return [
             *(sys.executable, "-m", _MODULE),
             *(str(part) for key, value in options.items() for part in (f"--{key}", value)),
+            # the last one comes first
+            *(part for name in (*self.middleware, _REQUIRE_KEY) for part in ("--middleware", name)),
             *flags,
         ]
 

@@ -22,15 +22,17 @@ from vllm.platforms import current_platform
 
 from hpt_mega.resharding.assembly import Assembly
 from hpt_mega.resharding.manifest import Ledger, TransferError
+from hpt_mega.resharding.network import Meeting, NetworkBuckets
 from hpt_mega.resharding.planner import Plan
 from hpt_mega.resharding.transport import SharedBuckets
 
 
 @dataclass
 class InitInfo(WeightTransferInitInfo):
-    path: str  # of the trainer's shared memory
     plan: dict[str, Any]
     digest: str
+    path: str = ""  # of the trainer's shared memory, on its host
+    meeting: dict[str, Any] | None = None  # of the trainer and all workers, on another host
 
 
 @dataclass
@@ -39,8 +41,8 @@ class UpdateInfo(WeightTransferUpdateInfo):
     checksums: list[str]
 
 
-class SharedMemoryTransfer(WeightTransferEngine[InitInfo, UpdateInfo]):
-    """Loads weights from shared memory, checked bucket by bucket."""
+class BucketTransfer(WeightTransferEngine[InitInfo, UpdateInfo]):
+    """Loads weights from shared memory or from the network, checked bucket by bucket."""
 
     init_info_cls = InitInfo
     update_info_cls = UpdateInfo
@@ -49,7 +51,12 @@ class SharedMemoryTransfer(WeightTransferEngine[InitInfo, UpdateInfo]):
         self._plan = Plan.parse(init_info.plan)
         if self._plan.digest != init_info.digest:
             raise TransferError(f"the plan's digest is {self._plan.digest}, announced {init_info.digest}")
-        self._shared = SharedBuckets(init_info.path, self._plan.bucket_bytes)
+        self._buckets: SharedBuckets | NetworkBuckets
+        if init_info.meeting is None:
+            self._buckets = SharedBuckets(init_info.path, self._plan.bucket_bytes)
+        else:
+            rank = 1 + self.parallel_config.rank
+            self._buckets = NetworkBuckets(Meeting(**init_info.meeting), rank, self._plan)
 
     def start_weight_update(self) -> None:
         self._ledger = Ledger(self._plan)
@@ -63,7 +70,7 @@ class SharedMemoryTransfer(WeightTransferEngine[InitInfo, UpdateInfo]):
         self.receive_weights(self.parse_update_info(update_info))
 
     def receive_weights(self, update_info: UpdateInfo) -> None:
-        buffer = self._shared.buffer(update_info.index)
+        buffer = self._buckets.buffer(update_info.index)
         bucket = self._ledger.receive(update_info.index, buffer, update_info.checksums)
         self._loaded |= cast(Any, self.model).load_weights(self._assembly.take(bucket, buffer))
         _keep_pending(self.model, buffer)
@@ -79,7 +86,7 @@ class SharedMemoryTransfer(WeightTransferEngine[InitInfo, UpdateInfo]):
             )
 
     def shutdown(self) -> None:
-        self._shared.close()
+        self._buckets.close()
 
 
 def _keep_pending(model: torch.nn.Module, buffer: Tensor) -> None:

@@ -18,6 +18,9 @@ def rank_environment() -> dict[str, str]:
             "RANK": os.environ["SLURM_PROCID"],
             "LOCAL_RANK": os.environ["SLURM_LOCALID"],
             "WORLD_SIZE": os.environ["SLURM_NTASKS"],
+            "LOCAL_WORLD_SIZE": str(
+                int(os.environ["SLURM_NTASKS"]) // int(os.environ["SLURM_STEP_NUM_NODES"])
+            ),
         }
     except KeyError as error:
         raise ConfigError(f"{error.args[0]} is not set; this is for tasks that srun starts") from None

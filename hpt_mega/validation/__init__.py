@@ -5,7 +5,7 @@ One module a concern. What a key may hold by its type alone is settled by config
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -14,7 +14,7 @@ from hpt_mega.config import Config, ConfigError
 from hpt_mega.validation import data, layout, model, objective, optimizer, precision, rollout, run, values
 from hpt_mega.validation.run import is_unfinished
 
-__all__ = ["contradictions", "is_unfinished", "missing_here", "validate"]
+__all__ = ["contradictions", "is_unfinished", "missing_here", "validate", "validate_server"]
 
 
 def validate(cfg: Config) -> None:
@@ -31,15 +31,33 @@ def validate(cfg: Config) -> None:
         *layout.processes(cfg),
         *run.folder(cfg),
     ]
-    if found:
-        listed = "\n".join(f"  {number}. {problem}" for number, problem in enumerate(found, start=1))
-        count = "1 problem" if len(found) == 1 else f"{len(found)} problems"
-        raise ConfigError(f"{count} in the config; nothing was started\n{listed}")
+    _refuse(found)
+
+
+def validate_server(cfg: Config) -> None:
+    """As `validate`, of what concerns `hpt serve`."""
+    shape, problems = read_model(cfg.model)
+    _refuse(
+        [
+            *problems,
+            *rollout.serves(cfg),
+            *values.numbers(cfg),
+            *values.names(cfg),
+            *rollout.servers(cfg, shape),
+        ]
+    )
 
 
 def missing_here(cfg: Config) -> list[str]:
     """What the config names and this machine does not have: the model's folder, data files, an engine."""
     return [*read_model(cfg.model)[1], *data.files(cfg), *rollout.engine(cfg)]
+
+
+def _refuse(found: Sequence[str]) -> None:
+    if found:
+        listed = "\n".join(f"  {number}. {problem}" for number, problem in enumerate(found, start=1))
+        count = "1 problem" if len(found) == 1 else f"{len(found)} problems"
+        raise ConfigError(f"{count} in the config; nothing was started\n{listed}")
 
 
 def contradictions(cfg: Config, shape: Mapping[str, Any]) -> list[str]:

@@ -3,18 +3,33 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import torch
 
 from hpt_mega.checkpoint.megatron_folder import is_megatron
 from hpt_mega.config import Config
+from hpt_mega.rollout.external import KEY_VARIABLE
 from hpt_mega.validation.layout import divisors
 
 
 def engine(cfg: Config) -> Iterator[str]:
+    """Whether the chosen engine is installed, or the key is there for one that runs elsewhere."""
+    if cfg.rollout.server.urls:
+        if not os.environ.get(KEY_VARIABLE):
+            yield (
+                f"rollout.server.urls names servers and the environment variable {KEY_VARIABLE} is not set; "
+                "set it to the key that they were started with"
+            )
+        return
+    yield from installed(cfg)
+
+
+def installed(cfg: Config) -> Iterator[str]:
     """Whether the chosen engine is installed."""
     if cfg.rollout.engine == "vllm" and importlib.util.find_spec("vllm") is None:
         yield (
@@ -30,9 +45,20 @@ def engine(cfg: Config) -> Iterator[str]:
         yield "rollout.engine is sglang, which is not installed; `pip install -e '.[sglang]'`"
 
 
+def serves(cfg: Config) -> Iterator[str]:
+    """Whether `hpt serve` can start what the config names."""
+    if cfg.rollout.engine != "vllm":
+        yield (
+            f"rollout.engine is {cfg.rollout.engine} and `hpt serve` starts vLLM; set rollout=vllm (SGLang "
+            "is served by its own `python -m sglang.launch_server`)"
+        )
+    yield from installed(cfg)
+
+
 def servers(cfg: Config, shape: Mapping[str, Any]) -> Iterator[str]:
     """What the servers of rollouts need, where there are any."""
     rollout = cfg.rollout
+    yield from _urls(cfg)
     if rollout.engine == "megatron":
         if rollout.staleness:
             yield (
@@ -62,8 +88,29 @@ def servers(cfg: Config, shape: Mapping[str, Any]) -> Iterator[str]:
         yield f"rollout.server.tp is {rollout.server.tp} and the model has {heads} heads; expected {fitting}"
     parallel, wanted = cfg.parallel, rollout.server.engines * rollout.server.tp
     gpus = parallel.tp * parallel.cp * parallel.pp
-    if torch.cuda.is_available() and wanted > gpus:
+    if torch.cuda.is_available() and not rollout.server.urls and wanted > gpus:
         yield (
             f"rollout.server.engines x tp is {rollout.server.engines} x {rollout.server.tp} = {wanted} and a "
             f"replica has {gpus} GPUs, those of its ranks; lower one of them"
+        )
+
+
+def _urls(cfg: Config) -> Iterator[str]:
+    """Whether there is a server elsewhere for each replica."""
+    urls, dp = cfg.rollout.server.urls, cfg.parallel.dp
+    if not urls:
+        return
+    if cfg.rollout.engine == "megatron":
+        yield (
+            "rollout.server.urls names servers and rollout.engine is megatron, which asks none; set "
+            "rollout=vllm, or leave them out"
+        )
+    for url in urls:
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname or not parts.port:
+            yield f"rollout.server.urls holds {url!r}, expected http://HOST:PORT"
+    if len(set(urls)) < max(len(urls), dp):
+        yield (
+            f"rollout.server.urls names {len(set(urls))} servers in {len(urls)} entries and parallel.dp is "
+            f"{dp}; expected different ones, at least one for each replica"
         )

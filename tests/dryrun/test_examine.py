@@ -64,6 +64,10 @@ def test_typical_ranks_meet_every_stage_and_every_share_of_the_experts() -> None
     ("overrides", "expected"),
     [
         (("experiment=hpt_70b", "parallel.tp=6"), "parallel.tp is 6 and the model has 64 attention heads"),
+        (
+            ("experiment=hpt_70b", "rollout=vllm", "rollout.server.urls=[http://a:1]"),
+            "parallel.dp is 2; expec",
+        ),
         (("experiment=hpt_moe", "parallel.ep=24"), "parallel.ep is 24 and the model has 128 experts"),
         (("experiment=hpt_70b", "trainer.questions_per_step=129"), "expected 128 or 130"),
         (("experiment=hpt_7b", "data.max_prompt_tokens=130000"), "the model has 131072 positions"),

@@ -1,4 +1,4 @@
-"""Buckets through shared memory from several ranks to several engines, and what happens where one fails."""
+"""Buckets from several ranks, of one host or of two, to several engines, and what happens where one fails."""
 
 from __future__ import annotations
 
@@ -12,14 +12,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hpt_mega.checkpoint.safetensors import Spec
+from hpt_mega.resharding.gather import Gather
 from hpt_mega.resharding.manifest import Ledger, TransferError
 from hpt_mega.resharding.mapping.fusion import Piece
 from hpt_mega.resharding.planner import Plan, plan_update, plan_writes
 from hpt_mega.resharding.transport import SharedBuckets, stream
 from tests.ranks import run_ranks
 
-SIZES = {"rows": (10, 3), "columns": (5, 8), "long": (40, 7), "last": (1, 2)}
-BUCKET = 512
+SIZES = {"rows": (10, 3), "columns": (5, 8), "long": (40, 7), "last": (1, 2), "wide": (3,)}
+DTYPES = {name: torch.bfloat16 for name in SIZES} | {"wide": torch.float64}
+BUCKET = 384
 
 
 class Engine:
@@ -48,7 +50,7 @@ class Engine:
 
 def whole() -> dict[str, Tensor]:
     torch.manual_seed(5)
-    return {name: torch.randn(size) for name, size in SIZES.items()}
+    return {name: torch.randn(size, dtype=DTYPES[name]) for name, size in SIZES.items()}
 
 
 def pieces(rank: int) -> list[tuple[str, Piece]]:
@@ -57,23 +59,28 @@ def pieces(rank: int) -> list[tuple[str, Piece]]:
         ("rows", Piece(0, 0, rank * 5, tensors["rows"][rank * 5 : rank * 5 + 5])),
         ("columns", Piece(0, 1, rank * 4, tensors["columns"][:, rank * 4 : rank * 4 + 4])),
         *([("long", Piece(0, 0, 0, tensors["long"]))] if rank == 1 else []),
+        *([("wide", Piece(0, 0, 0, tensors["wide"]))] if rank == 1 else []),
         *([("last", Piece(0, 0, 0, tensors["last"]))] if rank == 0 else []),
     ]
 
 
-def send(fails_at: int | None) -> list[bool | str]:
+def send(fails_at: int | None, far: bool) -> list[bool | str]:
     dist.init_process_group("gloo")
     rank = dist.get_rank()
-    plan = plan_update({name: Spec(torch.float32, size) for name, size in SIZES.items()}, BUCKET)
+    plan = plan_update({name: Spec(DTYPES[name], size) for name, size in SIZES.items()}, BUCKET)
     assert len(plan.buckets) == 3
     shared = SharedBuckets.create(BUCKET) if rank == 0 else None
     box = [shared.path if shared else None]
     dist.broadcast_object_list(box)
-    shared = shared or SharedBuckets(str(box[0]), BUCKET)
-    engines = [Engine(shared.path, plan, None), Engine(shared.path, plan, fails_at)] if rank == 0 else []
+    if rank == 1 and not far:
+        shared = SharedBuckets(str(box[0]), BUCKET)
+    engines = (
+        [Engine(shared.path, plan, None), Engine(shared.path, plan, fails_at)] if shared and rank == 0 else []
+    )
     assert dist.group.WORLD is not None
+    gather = Gather(plan_writes(plan, pieces(rank)), shared, dist.group.WORLD)
     try:
-        stream(plan, plan_writes(plan, pieces(rank)), shared, dist.group.WORLD, engines, policy_version=7)
+        stream(plan, gather.fill, shared, dist.group.WORLD, engines, policy_version=7)
     except (RuntimeError, TransferError) as error:
         return [f"{type(error).__name__}: {error}"]
     return [
@@ -83,13 +90,14 @@ def send(fails_at: int | None) -> list[bool | str]:
     ]
 
 
-def test_engines_receive_what_the_ranks_hold(tmp_path: Path) -> None:
-    assert run_ranks(send, 2, tmp_path, None) == [[True, True], []]
+@pytest.mark.parametrize("far", [False, True])
+def test_engines_receive_what_the_ranks_of_one_or_two_hosts_hold(tmp_path: Path, far: bool) -> None:
+    assert run_ranks(send, 2, tmp_path, None, far) == [[True, True], []]
 
 
 @pytest.mark.parametrize("bucket", [0, 1, 2])
 def test_all_ranks_leave_where_an_engine_fails(tmp_path: Path, bucket: int) -> None:
-    leader, other = run_ranks(send, 2, tmp_path, bucket)
+    leader, other = run_ranks(send, 2, tmp_path, bucket, bucket == 1)
     assert leader == ["RuntimeError: out of memory"]
     assert "an engine did not take the weights" in other[0]
 

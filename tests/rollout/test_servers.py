@@ -9,8 +9,9 @@ from typing import Any, cast
 import pytest
 import torch
 
-from hpt_mega.config import compose
+from hpt_mega.config import ConfigError, compose
 from hpt_mega.rollout import servers
+from hpt_mega.rollout.external import KEY_VARIABLE, ExternalServer
 from hpt_mega.rollout.handle import EngineHandle
 from hpt_mega.rollout.sglang import SGLangEngine
 from hpt_mega.rollout.vllm import VLLMServer
@@ -26,7 +27,7 @@ def engines(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
         made: dict[str, EngineHandle] = {}
         monkeypatch.setattr(servers, "Fleet", lambda given, *rest, **more: made.update(given))
         monkeypatch.setattr(servers.dist, "get_process_group_ranks", lambda group: RANKS)
-        layout = SimpleNamespace(dp_rank=1, replica_group=None, world_size=8)
+        layout = SimpleNamespace(dp_rank=1, dp_size=2, replica_group=None, world_size=8)
         cfg = compose([f"run_dir={tmp_path}", "parallel.tp=3", *overrides])
         servers.build_fleet(cfg, cast(Any, layout), cast(Any, None))
         return made
@@ -64,3 +65,34 @@ def test_servers_share_the_gpus_of_their_replicas_ranks(
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     made = engines("rollout=vllm", "rollout.server.engines=2", "rollout.server.tp=2")
     assert [engine.environment["CUDA_VISIBLE_DEVICES"] for engine in made.values()] == expected
+
+
+def test_a_replica_on_two_hosts_gives_its_server_the_gpus_of_its_leaders(
+    engines: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    made = engines("rollout=vllm", "rollout.server.tp=2")
+    assert [engine.environment["CUDA_VISIBLE_DEVICES"] for engine in made.values()] == ["2,3"]
+    with pytest.raises(ConfigError, match="2 x 2 and the replica has 2 GPUs on its leader's host"):
+        engines("rollout=vllm", "rollout.server.tp=2", "rollout.server.engines=2")
+
+
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+def test_servers_at_urls_are_dealt_over_the_replicas_and_none_is_started(
+    engines: Any, monkeypatch: pytest.MonkeyPatch, engine: str
+) -> None:
+    monkeypatch.setenv(KEY_VARIABLE, "secret")
+    urls = [f"http://127.0.0.{host}:30000" for host in range(1, 6)]
+    made = engines(f"rollout={engine}", f"rollout.server.urls=[{','.join(urls)}]", "rollout.server.tp=4")
+    assert list(made) == ["1.0", "1.1"]
+    for one, url in zip(made.values(), [urls[1], urls[3]], strict=True):
+        assert "secret" not in repr(one)
+        if engine == "vllm":
+            assert isinstance(one, ExternalServer)
+            assert (one.url, one.key, one.workers) == (url, "secret", 4)
+        else:
+            assert isinstance(one, SGLangEngine) and one._launch is None
+            assert (one._url, one._key, one._settings.weights) == (url, "secret", "broadcast")
+            assert one._settings.group_host == "127.0.0.1"

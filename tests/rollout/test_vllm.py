@@ -93,7 +93,7 @@ def test_a_stop_token_ends_a_sample_and_belongs_to_it(tied: tuple[VLLMServer, Pa
 def test_every_endpoint_but_health_asks_for_the_key(tied: tuple[VLLMServer, Path]) -> None:
     server, _ = tied
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    base = f"http://127.0.0.1:{server.client.port}"
+    base = server.client.url
     assert opener.open(f"{base}/health", timeout=20).status == 200
     for path in ("/pause", "/update_weights", "/inference/v1/generate", "/collective_rpc"):
         with pytest.raises(urllib.error.HTTPError, match="401"):

@@ -185,6 +185,25 @@ def test_a_conversion_runs_as_a_job(cluster: Cluster) -> None:
     assert any(out.rglob("*.distcp"))
 
 
+def test_the_jobs_last_nodes_serve_rollouts_and_the_others_train() -> None:
+    done = subprocess.run(
+        ["bash", f"{ROOT}/slurm/hpt_70b.sh", "--dry-run", "rollout.server.tp=8"],
+        env=os.environ | {"HPT_ROOT": str(ROOT), "HPT_PYTHON": sys.executable, "ROLLOUT_NODES": "2"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    submit, *_, serve, train = done.stdout.splitlines()
+    assert submit.startswith("sbatch --nodes=10 ")
+    assert "--nodelist=NODE8\\,NODE9 --ntasks=2 --ntasks-per-node=1" in serve
+    assert "hpt_mega.cli serve experiment=hpt_70b" in serve and "--host 0.0.0.0 --port 10000" in serve
+    assert "--nodes=8 --nodelist=NODE0" in train and "--ntasks=64 --ntasks-per-node=8" in train
+    urls = "rollout.server.urls=\\[http://NODE8:10000\\,http://NODE9:10000\\]"
+    assert urls in train and "rollout=vllm" in train
+    assert "HPT_ROLLOUT_KEY" not in done.stdout
+
+
 def test_the_70b_job_is_accepted_and_its_preflight_names_what_is_missing(cluster: Cluster) -> None:
     cluster.environment["PREFLIGHT"] = "1"
     run = cluster.folder / "hpt_70b"
