@@ -125,6 +125,10 @@ def test_resuming_delayed_scaling_on_a_gpu_asks_for_trust_in_the_checkpoint(
             ("parallel.ep=2", "parallel.dp=2", "parallel.vpp=3"),
             "would meet in different layers; set vpp to 1",
         ),
+        (
+            ("parallel.ep=2", "parallel.dp=2", "rollout=vllm"),
+            "parallel.ep x etp is 2 and a replica has 1 ranks a stage (tp x cp)",
+        ),
     ],
 )
 def test_a_layout_that_does_not_fit_the_experts_is_named(

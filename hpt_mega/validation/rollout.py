@@ -40,10 +40,12 @@ def servers(cfg: Config, shape: Mapping[str, Any]) -> Iterator[str]:
                 "busy with training; set rollout=vllm, or staleness 0"
             )
         return
-    if (ranks := cfg.parallel.ep * cfg.parallel.etp) > 1:
+    parallel = cfg.parallel
+    if parallel.ep * parallel.etp > parallel.tp * parallel.cp:
         yield (
-            f"parallel.ep x etp is {ranks} and rollout.engine {rollout.engine}: a server is brought the "
-            "weights of one replica, which lacks the others' experts; set both to 1, or rollout=megatron"
+            f"parallel.ep x etp is {parallel.ep * parallel.etp} and a replica has "
+            f"{parallel.tp * parallel.cp} ranks a stage (tp x cp): a server is brought the weights of "
+            "one replica, which lacks the others' experts; lower ep, raise tp, or set rollout=megatron"
         )
     if is_megatron(Path(cfg.model.path)):
         yield (
@@ -60,7 +62,7 @@ def servers(cfg: Config, shape: Mapping[str, Any]) -> Iterator[str]:
     if heads and heads % rollout.server.tp:
         fitting = divisors(heads, heads)
         yield f"rollout.server.tp is {rollout.server.tp} and the model has {heads} heads; expected {fitting}"
-    parallel, wanted = cfg.parallel, rollout.server.engines * rollout.server.tp
+    wanted = rollout.server.engines * rollout.server.tp
     gpus = parallel.tp * parallel.cp * parallel.pp
     if torch.cuda.is_available() and wanted > gpus:
         yield (

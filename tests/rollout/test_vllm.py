@@ -102,11 +102,11 @@ def test_every_endpoint_but_health_asks_for_the_key(tied: tuple[VLLMServer, Path
     assert server.client.key not in server.log.read_text()
 
 
-def test_a_mixture_under_tensor_parallel_serving_gets_its_experts(tmp_path: Path) -> None:
+def test_a_mixture_under_tensor_parallel_serving_gets_the_experts_of_all_ranks(tmp_path: Path) -> None:
     before, after = served.save_models(tmp_path, "qwen3_moe", tied=False)
     server = running(before, tmp_path / "mixture.log", tp=2)
     try:
-        run_ranks(served.bring, 2, tmp_path, server.client, after, {"tp": 1, "pp": 2}, BUCKET, 1)
+        run_ranks(served.bring, 2, tmp_path, server.client, after, {"tp": 2, "ep": 2}, BUCKET, 1)
         assert served.largest_gap(server.client, served.reference_logp(after)) <= LOGP_BOUND
         processes = processes_of(server)
     finally:
