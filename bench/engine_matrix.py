@@ -31,7 +31,7 @@ from tests.rollout import served
 
 FAMILIES = ("llama", "qwen2", "qwen3", "qwen3_moe")
 DENSE = tuple({"tp": tp, "pp": pp} for tp, pp in product((1, 2, 3), (1, 2)))
-MIXTURE = ({"tp": 2, "ep": 2}, {"tp": 2, "pp": 2, "ep": 2})
+MIXTURE = ({"tp": 2, "pp": 1, "ep": 2}, {"tp": 2, "pp": 2, "ep": 2})
 RANKS = 6  # of the largest trainer
 ENGINES = (1, 2)  # tensor-parallel ranks
 BUCKET = 300_000

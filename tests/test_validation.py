@@ -157,6 +157,18 @@ def test_sglang_is_refused_where_there_is_no_gpu_and_servers_where_there_are_too
     assert "engines is 0, expected above 0" in problems(*fixed, "rollout.server.engines=0")
 
 
+def test_servers_sleep_on_a_gpu_and_only_where_they_do_not_work_during_training(
+    model_folder: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fixed = (f"model.path={model_folder()}", f"run_dir={tmp_path}/run", "rollout=vllm", "parallel.pp=2")
+    asleep = (*fixed, "rollout.server.sleep=true")
+    assert "frees a server's GPU memory during training, and torch sees no GPU" in problems(*asleep)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    assert problems(*asleep) == ""
+    assert "sleep is true and rollout.staleness 1" in problems(*asleep, "rollout.staleness=1")
+
+
 def test_all_problems_are_listed_at_once(model_folder: MakeModel, tmp_path: Path) -> None:
     said = problems(
         f"model.path={model_folder()}", f"run_dir={tmp_path}/run", "parallel.pp=31", "trainer.steps=0"

@@ -66,6 +66,7 @@ def _engine(cfg: Config, name: str, environment: dict[str, str]) -> EngineHandle
             max_model_len=length,
             max_sequences=rollout.max_sequences,
             memory_share=server.gpu_memory_share,
+            sleeps=server.sleep,
             repeatable=cfg.trainer.deterministic,
             environment=environment,
         )
@@ -86,6 +87,7 @@ def _engine(cfg: Config, name: str, environment: dict[str, str]) -> EngineHandle
         seed=cfg.seed,
         kv_cache_gib=server.kv_cache_gib,
         gpu_memory_share=server.gpu_memory_share,
+        sleeps=server.sleep,
         logp_at_temperature=rollout.temperature not in (0.0, 1.0),
     )
     return VLLMServer(

@@ -48,6 +48,7 @@ class ServerSettings:
     kv_cache_gib: int  # on CPU
     gpu_memory_share: float  # on GPU
     logp_at_temperature: bool  # log-probabilities after temperature (and top-p) instead of before
+    sleeps: bool = False  # can give its memory back; on GPU
 
 
 @dataclass
@@ -60,6 +61,7 @@ class VLLMClient:
     request_deadline_s: float
     answer_deadline_s: float  # of what neither samples nor moves weights
     log: Path
+    _asleep: bool = False
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: SamplingParams) -> list[list[Sample]]:
         """`sampling.n` samples a prompt, stamped with the weights' version. Raises EngineError."""
@@ -87,6 +89,9 @@ class VLLMClient:
 
     def begin_update(self) -> None:
         """Hold running requests still and make the model ready for new weights."""
+        if self._asleep:
+            self._post("/wake_up", {}, self.answer_deadline_s)
+            self._asleep = False
         self._post("/pause?mode=keep", {}, self.answer_deadline_s)
         self._post("/start_weight_update", {}, self.answer_deadline_s)
 
@@ -105,6 +110,11 @@ class VLLMClient:
     def abort(self) -> None:
         """End what is being generated; nothing is before the next update."""
         self._post("/pause?mode=abort", {}, self.answer_deadline_s)
+
+    def sleep(self) -> None:
+        """Give the GPU's memory back, weights and cache; begin_update takes it again."""
+        self._asleep = True
+        self._post("/sleep?level=2", {}, self.answer_deadline_s)
 
     def trouble(self, path: str = "/health", timeout_s: float | None = None) -> str:
         """Empty where the server answers; else what it did instead."""
@@ -232,6 +242,7 @@ class VLLMServer:
             "uvicorn-log-level": "warning",
         }
         flags = ["--enable-scale-out", "--skip-tokenizer-init", "--no-enable-log-requests"]
+        flags += ["--enable-sleep-mode"] if settings.sleeps else []
         if not torch.cuda.is_available():
             # on CPU there are no graphs, and a prompt cut in two ends a worker whose request has a seed
             flags += ["--enforce-eager", "--no-enable-chunked-prefill"]

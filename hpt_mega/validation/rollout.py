@@ -40,6 +40,16 @@ def servers(cfg: Config, shape: Mapping[str, Any]) -> Iterator[str]:
                 "busy with training; set rollout=vllm, or staleness 0"
             )
         return
+    if rollout.server.sleep and not torch.cuda.is_available():
+        yield (
+            "rollout.server.sleep frees a server's GPU memory during training, and torch sees no GPU here; "
+            "set it to false"
+        )
+    if rollout.server.sleep and rollout.staleness:
+        yield (
+            f"rollout.server.sleep is true and rollout.staleness {rollout.staleness}, for which servers work "
+            "during training; set one to 0 or false"
+        )
     parallel = cfg.parallel
     if parallel.ep * parallel.etp > parallel.tp * parallel.cp:
         yield (
