@@ -21,14 +21,11 @@ import torch
 from hpt_mega.resharding.planner import Plan
 from hpt_mega.rollout.engine import EngineError, Sample, SamplingParams
 from hpt_mega.rollout.exchange import ExchangeError, exchange
-from hpt_mega.rollout.process import OwnedProcess, free_port, tail
+from hpt_mega.rollout.process import KEEP_MEMORY, OwnedProcess, free_port, tail
 from hpt_mega.rollout.vllm_plugin import BACKEND
 
 _MODULE = "vllm.entrypoints.launchers.api_server.entry"
 _REQUESTS_AT_ONCE = 64
-# Each update frees and takes the memory of all weights: on CPU, asking the kernel for it anew costs more than
-# the copy into it. No block is given back, and huge pages are used where the machine lends them.
-_KEEP_MEMORY = "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184:glibc.malloc.hugetlb=1"
 _POLL_S = 0.25
 _LOOK_S = 5.0  # for an answer during the start
 _BEFORE_UPDATES = "default"  # vLLM's name of the weights it was started with
@@ -260,7 +257,7 @@ class VLLMServer:
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # its own choice leaves cores idle
             "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // self.settings.tp)),
             "VLLM_NO_USAGE_STATS": "1",
-            **({} if torch.cuda.is_available() else {"GLIBC_TUNABLES": _KEEP_MEMORY}),
+            **({} if torch.cuda.is_available() else KEEP_MEMORY),  # an update takes that of all weights
             "HF_HUB_OFFLINE": "1",
             "PYTHONUNBUFFERED": "1",
         }
