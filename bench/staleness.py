@@ -21,6 +21,7 @@ from hpt_mega.trajectory import Source
 from tests.toy import save_toy, settings
 
 STEPS, WARM_UP = 16, 4
+DEADLINE_S = 2400.0  # of a run, on a busy machine
 STALENESS = (0, 1, 2)
 
 
@@ -33,8 +34,9 @@ def train(model: Path, root: Path, staleness: int) -> tuple[list[float], list[in
         *("rollout=vllm", f"rollout.staleness={staleness}", "precision=fp32", "gate=both"),
         *("trainer.deterministic=false", "trainer.questions_per_step=8"),
         *("rollout.rollouts_per_question=8", "rollout.max_new_tokens=64", "rollout.server.bucket_mib=8"),
+        *(f"rollout.server.start_deadline_s={DEADLINE_S}", "rollout.server.answer_deadline_s=120"),
     ]
-    subprocess.run(command, check=True, timeout=600)
+    subprocess.run(command, check=True, timeout=DEADLINE_S)
     records = [record for record in read(run_dir / "metrics.jsonl") if record["step"] > WARM_UP]
     ages = [
         step - 1 - trajectory.policy_version

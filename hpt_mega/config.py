@@ -181,6 +181,7 @@ class ServerConfig:
     tp: int = 1  # tensor parallelism inside a server
     kv_cache_gib: int = 1  # on CPU
     gpu_memory_share: float = 0.5  # on GPU: of its memory, for weights and KV cache
+    sleep: bool = False  # on GPU: that memory is the trainer's while it trains
     bucket_mib: int = 256  # new weights travel in buckets of this size, two at a time
     # mean |log-probability by engine - by trainer| on known texts after an update; 0: the dtype's
     probe_bound: float = 0.0

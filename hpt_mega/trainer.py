@@ -195,6 +195,8 @@ class Trainer:
 
     def learn(self, trajectories: Sequence[Trajectory]) -> Metrics:
         """The optimizer's updates on the unified objective, over all replicas' trajectories."""
+        with self.timer.phase("sync"):
+            self.engine.sleep()
         with self.timer.phase("train"):
             return self.learner.learn(trajectories, self.step)
 

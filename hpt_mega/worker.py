@@ -175,6 +175,7 @@ def build_engine(
             lambda: learner.logprobs(texts),
             rollout.server.probe_bound or PROBE_BOUND[cfg.precision.dtype],
         ),
+        sleeps=rollout.server.sleep,
     )
     engine.update_weights(policy_version=0)
     return engine

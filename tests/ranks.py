@@ -15,7 +15,13 @@ import torch.multiprocessing as mp
 DEADLINE_S = 240.0
 
 
-def run_ranks(function: Callable[..., Any], world_size: int, folder: Path, *arguments: Any) -> list[Any]:
+def run_ranks(
+    function: Callable[..., Any],
+    world_size: int,
+    folder: Path,
+    *arguments: Any,
+    deadline_s: float = DEADLINE_S,
+) -> list[Any]:
     """Call `function(*arguments)` on `world_size` processes of one gloo job; returns rank 0's result first.
 
     `function` is a module's function; it finds its rank in the environment as under torchrun, and what it
@@ -32,13 +38,13 @@ def run_ranks(function: Callable[..., Any], world_size: int, folder: Path, *argu
     for process in processes:
         process.start()
     for process in processes:
-        process.join(DEADLINE_S)
+        process.join(deadline_s)
     late = [rank for rank, process in enumerate(processes) if process.exitcode is None]
     for process in processes:
         process.kill()
     errors = [path.read_text() for path in sorted(folder.glob("error*.txt"), key=os.path.getmtime)]
     assert not errors, errors[0]
-    assert not late, f"ranks {late} did not end within {DEADLINE_S} s"
+    assert not late, f"ranks {late} did not end within {deadline_s} s"
     return [torch.load(folder / f"result{rank}.pt", weights_only=True) for rank in range(world_size)]
 
 

@@ -125,6 +125,10 @@ def test_resuming_delayed_scaling_on_a_gpu_asks_for_trust_in_the_checkpoint(
             ("parallel.ep=2", "parallel.dp=2", "parallel.vpp=3"),
             "would meet in different layers; set vpp to 1",
         ),
+        (
+            ("parallel.ep=2", "parallel.dp=2", "rollout=vllm"),
+            "parallel.ep x etp is 2 and a replica has 1 ranks a stage (tp x cp)",
+        ),
     ],
 )
 def test_a_layout_that_does_not_fit_the_experts_is_named(
@@ -179,6 +183,20 @@ def test_servers_at_urls_need_a_key_an_address_and_to_be_enough(
     assert expected in said if expected else said == ""
     monkeypatch.delenv("HPT_ROLLOUT_KEY")
     assert "the environment variable HPT_ROLLOUT_KEY is not set" in problems(*fixed, *own, *more)
+
+
+def test_servers_sleep_on_a_gpu_and_only_where_they_do_not_work_during_training(
+    model_folder: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fixed = (f"model.path={model_folder()}", f"run_dir={tmp_path}/run", "rollout=vllm", "parallel.pp=2")
+    asleep = (*fixed, "rollout.server.sleep=true")
+    assert "frees a server's GPU memory during training, and torch sees no GPU" in problems(*asleep)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    assert problems(*asleep) == ""
+    assert "sleep is true and rollout.staleness 1" in problems(*asleep, "rollout.staleness=1")
+    monkeypatch.setenv("HPT_ROLLOUT_KEY", "secret")
+    assert "whose GPUs are not the trainer's" in problems(*asleep, "rollout.server.urls=[http://a:1]")
 
 
 def test_all_problems_are_listed_at_once(model_folder: MakeModel, tmp_path: Path) -> None:

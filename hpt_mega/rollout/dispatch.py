@@ -159,6 +159,19 @@ class Fleet:
             found = list(pool.map(lambda one: self._end_update(one, policy_version, verify), intakes))
         return [gap for gap in found if gap is not None]
 
+    def sleep(self) -> None:
+        """Have the engines give their memory back until weights are announced; none is started meanwhile.
+
+        One that does not is ended. All requests must have been answered.
+        """
+        with self._changed:
+            self._state.rest()
+            while any(self._state.state(name) is State.STARTING for name in self._engines):
+                self._wait()
+            awake = [name for name in self._engines if self._state.state(name) is State.STALE]
+        with ThreadPoolExecutor(len(self._engines), thread_name_prefix="sleep") as pool:
+            list(pool.map(self._sleep, awake))
+
     def wants_weights(self) -> bool:
         """Whether an engine waits for weights that the others have."""
         with self._changed:
@@ -407,6 +420,15 @@ class Fleet:
             with contextlib.suppress(EngineError):  # one that cannot will be found dead
                 engine.client.abort()
         return gap if served else None
+
+    def _sleep(self, name: str) -> None:
+        try:
+            self._engines[name].client.sleep()
+        except EngineError as error:
+            log = self._engines[name].log_tail(LOG_LINES)
+            with self._changed:
+                self._state.failed(name, str(error), log, time.monotonic())
+                self._changed.notify_all()
 
     @contextlib.contextmanager
     def _step(self, ticket: Ticket) -> Iterator[None]:

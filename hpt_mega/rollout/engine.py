@@ -64,6 +64,10 @@ class RolloutEngine(Protocol):
         """Serve the trainer's current weights as `policy_version`; returns what was measured on the way."""
         ...
 
+    def sleep(self) -> None:
+        """Give back memory that training can use; nothing may be asked before the next update_weights."""
+        ...
+
     def health(self) -> str:
         """Empty when the engine can serve; otherwise what is wrong."""
         ...

@@ -6,6 +6,7 @@ What starts, asks and updates the engines is in dispatch.py.
 
     UPDATING --rejected--> STALE   its weights are not the trainer's: again, a bounded number of times
     READY ---announce----> STALE   the trainer has newer weights
+    READY ------rest-----> STALE   the trainer wants the memory
     any but DEAD --failed--> DEAD  it died, took the weights by half, or a deadline found it wanting
 
 The transitions that are missing are the point:
@@ -103,6 +104,7 @@ class FleetState:
         self.limits = limits
         self._engines = {name: _Engine() for name in engines}
         self._target: int | None = None
+        self._resting = False
         self._tickets = 0
         self._waiting: deque[Hashable] = deque()
         self._attempts: dict[Hashable, list[str]] = {}  # of unanswered requests: why each attempt failed
@@ -157,7 +159,10 @@ class FleetState:
         return [
             name
             for name, engine in self._engines.items()
-            if engine.state is State.DEAD and engine.start_at is not None and engine.start_at <= now
+            if not self._resting
+            and engine.state is State.DEAD
+            and engine.start_at is not None
+            and engine.start_at <= now
         ]
 
     def next_change(self) -> float | None:
@@ -292,10 +297,22 @@ class FleetState:
 
     def announce(self, version: int) -> None:
         """The trainer has the weights of `version`; whatever serves another version gets no new requests."""
-        self._target = version
+        self._target, self._resting = version, False
         for engine in self._engines.values():
             engine.rejections = 0
             if engine.state is State.READY and engine.version != version:
+                engine.state, engine.version = State.STALE, None
+
+    def rest(self) -> None:
+        """No engine serves or starts before the next announcement: their memory is the trainer's.
+
+        Raises TransitionError where a request is unanswered.
+        """
+        if self._attempts:
+            raise TransitionError(f"rest with {len(self._attempts)} unanswered requests")
+        self._target, self._resting = None, True
+        for engine in self._engines.values():
+            if engine.state is State.READY:
                 engine.state, engine.version = State.STALE, None
 
     # Requests.

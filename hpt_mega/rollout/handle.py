@@ -33,6 +33,10 @@ class EngineClient(Receiver, Protocol):
         """End what is being generated; nothing is before the next update."""
         ...
 
+    def sleep(self) -> None:
+        """Give the GPU's memory back, weights and cache; begin_update takes it again."""
+        ...
+
 
 class EngineHandle(Protocol):
     """One engine, whether it runs or not."""

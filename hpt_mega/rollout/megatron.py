@@ -56,6 +56,9 @@ class MegatronEngine:
         self._version = policy_version
         return {}
 
+    def sleep(self) -> None:
+        """It holds no memory between calls."""
+
     def health(self) -> str:
         return ""
 

@@ -20,6 +20,11 @@ from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1
 GRACE_S = 5.0  # between SIGTERM and SIGKILL
+# For processes that compute on a CPU: asking the kernel anew for memory that was given back costs more than a
+# copy into it. No block is given back, and huge pages are used where the machine lends them.
+KEEP_MEMORY = {
+    "GLIBC_TUNABLES": "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184:glibc.malloc.hugetlb=1"
+}
 
 
 class OwnedProcess:

@@ -36,12 +36,16 @@ class Probe:
 class ServedEngine:
     """A rollout engine that is a fleet of servers; every rank of a replica calls the same methods together.
 
-    `fleet` is given on the replica's leader only. The weights come from all ranks of the replica, so a server
-    that died and is back gets them where the ranks meet: at the next update, or when samples are collected.
+    `fleet` is given on the replica's leader only. `sleeps`: its memory is the trainer's during training. The
+    weights come from all ranks of the replica, so a server that died and is back gets them where the ranks
+    meet: at the next update, or when samples are collected.
     """
 
-    def __init__(self, fleet: Fleet | None, sync: WeightSync, layout: Layout, probe: Probe) -> None:
+    def __init__(
+        self, fleet: Fleet | None, sync: WeightSync, layout: Layout, probe: Probe, *, sleeps: bool = False
+    ) -> None:
         self._fleet = fleet
+        self._sleeps = sleeps
         self._sync = sync
         self._layout = layout
         self._probe = probe
@@ -110,6 +114,11 @@ class ServedEngine:
         found = fleet.begin_update(announced, _PATIENCE_S)
         self._intakes = found or []
         return None if found is None else len(found)
+
+    def sleep(self) -> None:
+        """Free the servers' memory where the config asks for it."""
+        if self._sleeps:
+            self._together(lambda fleet: fleet.sleep())
 
     def health(self) -> str:
         return self._fleet.health() if self._fleet else ""

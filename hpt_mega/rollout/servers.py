@@ -75,6 +75,7 @@ def vllm_server(cfg: Config, name: str, log: Path, environment: dict[str, str]) 
         seed=cfg.seed,
         kv_cache_gib=server.kv_cache_gib,
         gpu_memory_share=server.gpu_memory_share,
+        sleeps=server.sleep,
         logp_at_temperature=rollout.temperature not in (0.0, 1.0),
     )
     return VLLMServer(name, settings, log, server.request_deadline_s, server.answer_deadline_s, environment)
@@ -91,6 +92,7 @@ def _engine(cfg: Config, name: str, environment: dict[str, str]) -> EngineHandle
         max_model_len=_length(cfg),
         max_sequences=cfg.rollout.max_sequences,
         memory_share=cfg.rollout.server.gpu_memory_share,
+        sleeps=cfg.rollout.server.sleep,
         repeatable=cfg.trainer.deterministic,
         environment=environment,
     )

@@ -46,6 +46,7 @@ class Launch:
     max_sequences: int
     memory_share: float  # of the GPU: weights and KV cache
     repeatable: bool  # seeds fix every draw, whatever the batch; the kernels for it are slower
+    sleeps: bool = False  # can give its memory back
     environment: dict[str, str] = field(default_factory=dict)  # e.g. CUDA_VISIBLE_DEVICES
 
 
@@ -95,6 +96,7 @@ class SGLangEngine:
         self._process: OwnedProcess | None = None
         self._version: int | None = None
         self._awake = True  # and not paused: a health check is answered by generating a token
+        self._asleep = False
         self._session = False  # a weight update was begun and not ended
         self._group: BroadcastGroup | None = None
         self._plan: Plan | None = None
@@ -153,7 +155,7 @@ class SGLangEngine:
         """End our server. One at a URL runs on, without our group."""
         self._leave_group()
         process, self._process = self._process, None
-        self._version, self._session, self._awake = None, False, True
+        self._version, self._session, self._awake, self._asleep = None, False, True, False
         if process is not None:
             process.close()
 
@@ -240,6 +242,9 @@ class SGLangEngine:
         Until finish_update has returned the server stays paused and reports the version "unverified".
         """
         update_s = self._settings.update_s
+        if self._asleep:
+            self._request("POST", "/resume_memory_occupation", {}, update_s)
+            self._asleep = False
         self.abort()
         self._label("unverified")
         if self._session:  # it begins none before the last is ended
@@ -268,13 +273,10 @@ class SGLangEngine:
         self._version, self._awake = policy_version, True
 
     def sleep(self) -> None:
-        """Give the GPU's memory back, weights and cache; what is in flight is ended."""
+        """Give the GPU's memory back, weights and cache; begin_update takes it again."""
         self.abort()
+        self._asleep = True
         self._request("POST", "/release_memory_occupation", {}, self._settings.update_s)
-
-    def wake(self) -> None:
-        """Take the memory again; the server stays paused until the update."""
-        self._request("POST", "/resume_memory_occupation", {}, self._settings.update_s)
 
     def _send(self, tensors: list[tuple[str, wire.Tensor]]) -> None:
         flat = wire.flatten(tensors)
@@ -355,7 +357,8 @@ class SGLangEngine:
             "mem-fraction-static": launch.memory_share,
             "log-level": "warning",
         }
-        flags = ["--skip-tokenizer-init", "--enable-memory-saver"]
+        flags = ["--skip-tokenizer-init"]
+        flags += ["--enable-memory-saver"] if launch.sleeps else []
         flags += ["--enable-deterministic-inference"] if launch.repeatable else []
         return [
             *(sys.executable, "-m", "sglang.launch_server"),

@@ -22,6 +22,8 @@ from hpt_mega.resharding.mapping.fusion import Piece
 from hpt_mega.resharding.planner import plan_update, plan_writes
 from hpt_mega.resharding.transport import Receiver, SharedBuckets, stream
 
+Part = tuple[str, int, int]  # a Megatron parameter, which part of it, of how many
+
 
 class WeightSync:
     """One replica's policy as a stream of Hugging Face tensors; its ranks make and use it together.
@@ -34,23 +36,28 @@ class WeightSync:
     ) -> None:
         self._layout = layout
         self._shape = shape
-        mine = [entry for chunk in model.chunks for entry in own_entries(chunk, family, shape)]
-        stages = self._first_stages({entry.megatron: Spec.of(part) for entry, part in mine})
+        mine = {
+            (entry.megatron, *self._place(entry, model)): (entry, part.detach())
+            for chunk in model.chunks
+            for entry, part in own_entries(chunk, family, shape)
+        }
+        holders = self._first_holders({part: Spec.of(tensor) for part, (_, tensor) in mine.items()})
+        dtypes = {name: spec.dtype for (name, _, _), (_, spec) in holders.items()}
         entries = list(family.entries(shape))
         check_names(
             [entry.megatron for entry in entries],
-            list(stages),
+            list(dtypes),
             f"parameters of a replica, {family.name} table",
         )
         tensors = {
-            name: Spec(stages[entry.megatron][1].dtype, hf_shape)
+            name: Spec(dtypes[entry.megatron], hf_shape)
             for entry in entries
             for name, hf_shape in entry.hf_shapes(shape).items()
         }
         self.plan = plan_update(tensors, bucket_bytes)
-        writes = layout.cp_rank == 0  # the other ranks of a context hold the same
-        held = [pair for pair in mine if writes and stages[pair[0].megatron][0] == layout.pp_rank]
-        writes_by_bucket = plan_writes(self.plan, self._pieces(held, model))
+        rank = dist.get_rank(layout.replica_group)
+        given = {part: held for part, held in mine.items() if holders[part][0] == rank}
+        writes_by_bucket = plan_writes(self.plan, self._pieces(given))
         self._shared = self._open(bucket_bytes)
         self._gather = Gather(writes_by_bucket, self._shared, layout.replica_group)
 
@@ -69,25 +76,29 @@ class WeightSync:
         if self._shared is not None:
             self._shared.close()
 
-    def _first_stages(self, mine: dict[str, Spec]) -> dict[str, tuple[int, Spec]]:
-        """The first pipeline stage that holds each parameter (a tied embedding lies on two), and its form."""
-        stages: list[dict[str, Spec]] = [{} for _ in range(self._layout.pp_size)]
-        dist.all_gather_object(stages, mine, group=self._layout.pp_group)
+    def _place(self, entry: Entry, model: PolicyModel) -> tuple[int, int]:
+        """Which part of a parameter is this rank's, of how many."""
+        if entry.expert is None:
+            return self._layout.tp_rank, self._layout.tp_size
+        _, expert_rank, expert_size = model.expert_place()
+        return expert_rank, expert_size
+
+    def _first_holders(self, mine: dict[Part, Spec]) -> dict[Part, tuple[int, Spec]]:
+        """The first rank of the replica that holds each part, and the part's form.
+
+        A tied embedding lies on two pipeline stages; the ranks of a context hold the same.
+        """
+        ranks: list[dict[Part, Spec]] = [{} for _ in range(dist.get_world_size(self._layout.replica_group))]
+        dist.all_gather_object(ranks, mine, group=self._layout.replica_group)
         return {
-            name: (stage, spec)
-            for stage, parts in reversed(list(enumerate(stages)))
-            for name, spec in parts.items()
+            part: (rank, spec)
+            for rank, parts in reversed(list(enumerate(ranks)))
+            for part, spec in parts.items()
         }
 
-    def _pieces(
-        self, held: Sequence[tuple[Entry, Tensor]], model: PolicyModel
-    ) -> Iterator[tuple[str, Piece]]:
-        _, expert_rank, expert_size = model.expert_place()
-        for entry, part in held:
-            place = (self._layout.tp_rank, self._layout.tp_size)
-            if entry.expert is not None:
-                place = (expert_rank, expert_size)
-            for piece in entry.fusion.contribution(part.detach(), self._shape, *place):
+    def _pieces(self, given: dict[Part, tuple[Entry, Tensor]]) -> Iterator[tuple[str, Piece]]:
+        for (_, rank, size), (entry, tensor) in given.items():
+            for piece in entry.fusion.contribution(tensor, self._shape, rank, size):
                 yield entry.hf[piece.tensor], piece
 
     def _open(self, bucket_bytes: int) -> SharedBuckets | None:

@@ -21,14 +21,11 @@ import torch
 from hpt_mega.resharding.planner import Plan
 from hpt_mega.rollout.engine import EngineError, Sample, SamplingParams
 from hpt_mega.rollout.exchange import ExchangeError, exchange
-from hpt_mega.rollout.process import OwnedProcess, free_port, tail
+from hpt_mega.rollout.process import KEEP_MEMORY, OwnedProcess, free_port, tail
 from hpt_mega.rollout.vllm_plugin import BACKEND
 
 _MODULE = "vllm.entrypoints.launchers.api_server.entry"
 _REQUESTS_AT_ONCE = 64
-# Each update frees and takes the memory of all weights: on CPU, asking the kernel for it anew costs more than
-# the copy into it. No block is given back, and huge pages are used where the machine lends them.
-_KEEP_MEMORY = "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184:glibc.malloc.hugetlb=1"
 _REQUIRE_KEY = "hpt_mega.rollout.vllm_plugin.RequireKey"
 _POLL_S = 0.25
 _LOOK_S = 5.0  # for an answer during the start
@@ -49,6 +46,7 @@ class ServerSettings:
     kv_cache_gib: int  # on CPU
     gpu_memory_share: float  # on GPU
     logp_at_temperature: bool  # log-probabilities after temperature (and top-p) instead of before
+    sleeps: bool = False  # can give its memory back; on GPU
 
 
 @dataclass
@@ -61,6 +59,7 @@ class VLLMClient:
     request_deadline_s: float
     answer_deadline_s: float  # of what neither samples nor moves weights
     log: Path
+    _asleep: bool = False
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: SamplingParams) -> list[list[Sample]]:
         """`sampling.n` samples a prompt, stamped with the weights' version. Raises EngineError."""
@@ -88,6 +87,9 @@ class VLLMClient:
 
     def begin_update(self) -> None:
         """Hold running requests still and make the model ready for new weights."""
+        if self._asleep:
+            self._post("/wake_up", {}, self.answer_deadline_s)
+            self._asleep = False
         self._post("/pause?mode=keep", {}, self.answer_deadline_s)
         self._post("/start_weight_update", {}, self.answer_deadline_s)
 
@@ -106,6 +108,11 @@ class VLLMClient:
     def abort(self) -> None:
         """End what is being generated; nothing is before the next update."""
         self._post("/pause?mode=abort", {}, self.answer_deadline_s)
+
+    def sleep(self) -> None:
+        """Give the GPU's memory back, weights and cache; begin_update takes it again."""
+        self._asleep = True
+        self._post("/sleep?level=2", {}, self.answer_deadline_s)
 
     def trouble(self, path: str = "/health", timeout_s: float | None = None) -> str:
         """Empty where the server answers; else what it did instead."""
@@ -240,6 +247,7 @@ class VLLMServer:
             "uvicorn-log-level": "warning",
         }
         flags = ["--enable-scale-out", "--skip-tokenizer-init", "--no-enable-log-requests"]
+        flags += ["--enable-sleep-mode"] if settings.sleeps else []
         if not torch.cuda.is_available():
             # on CPU there are no graphs, and a prompt cut in two ends a worker whose request has a seed
             flags += ["--enforce-eager", "--no-enable-chunked-prefill"]
@@ -259,7 +267,7 @@ class VLLMServer:
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # its own choice leaves cores idle
             "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // self.settings.tp)),
             "VLLM_NO_USAGE_STATS": "1",
-            **({} if torch.cuda.is_available() else {"GLIBC_TUNABLES": _KEEP_MEMORY}),
+            **({} if torch.cuda.is_available() else KEEP_MEMORY),  # an update takes that of all weights
             "HF_HUB_OFFLINE": "1",
             "PYTHONUNBUFFERED": "1",
         }

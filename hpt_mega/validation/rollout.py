@@ -66,10 +66,22 @@ def servers(cfg: Config, shape: Mapping[str, Any]) -> Iterator[str]:
                 "busy with training; set rollout=vllm, or staleness 0"
             )
         return
-    if (ranks := cfg.parallel.ep * cfg.parallel.etp) > 1:
+    if rollout.server.sleep and not torch.cuda.is_available():
         yield (
-            f"parallel.ep x etp is {ranks} and rollout.engine {rollout.engine}: a server is brought the "
-            "weights of one replica, which lacks the others' experts; set both to 1, or rollout=megatron"
+            "rollout.server.sleep frees a server's GPU memory during training, and torch sees no GPU here; "
+            "set it to false"
+        )
+    if rollout.server.sleep and rollout.staleness:
+        yield (
+            f"rollout.server.sleep is true and rollout.staleness {rollout.staleness}, for which servers work "
+            "during training; set one to 0 or false"
+        )
+    parallel = cfg.parallel
+    if parallel.ep * parallel.etp > parallel.tp * parallel.cp:
+        yield (
+            f"parallel.ep x etp is {parallel.ep * parallel.etp} and a replica has "
+            f"{parallel.tp * parallel.cp} ranks a stage (tp x cp): a server is brought the weights of "
+            "one replica, which lacks the others' experts; lower ep, raise tp, or set rollout=megatron"
         )
     if is_megatron(Path(cfg.model.path)):
         yield (
@@ -86,7 +98,7 @@ def servers(cfg: Config, shape: Mapping[str, Any]) -> Iterator[str]:
     if heads and heads % rollout.server.tp:
         fitting = divisors(heads, heads)
         yield f"rollout.server.tp is {rollout.server.tp} and the model has {heads} heads; expected {fitting}"
-    parallel, wanted = cfg.parallel, rollout.server.engines * rollout.server.tp
+    wanted = rollout.server.engines * rollout.server.tp
     gpus = parallel.tp * parallel.cp * parallel.pp
     if torch.cuda.is_available() and not rollout.server.urls and wanted > gpus:
         yield (
@@ -104,6 +116,11 @@ def _urls(cfg: Config) -> Iterator[str]:
         yield (
             "rollout.server.urls names servers and rollout.engine is megatron, which asks none; set "
             "rollout=vllm, or leave them out"
+        )
+    if cfg.rollout.server.sleep:
+        yield (
+            "rollout.server.sleep frees memory for the trainer, and rollout.server.urls names servers whose "
+            "GPUs are not the trainer's; set it to false"
         )
     for url in urls:
         parts = urlsplit(url)

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from hpt_mega.rollout import sampling
 from hpt_mega.rollout.engine import SamplingParams
 from hpt_mega.rollout.sampling import sample_tokens, uniform_draws
 
@@ -46,8 +47,12 @@ def test_frequencies_are_the_distributions(temperature: float) -> None:
     assert chi_square < 22.5
 
 
+@pytest.mark.parametrize("likely", [2, 1024], ids=["sorted where the set is large", "never sorted"])
 @pytest.mark.parametrize("top_p", [0.2, 0.5, 0.75, 0.95, 0.999])
-def test_top_p_keeps_exactly_the_smallest_set_and_its_proportions(top_p: float) -> None:
+def test_top_p_keeps_exactly_the_smallest_set_and_its_proportions(
+    top_p: float, likely: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sampling, "_LIKELY", likely)
     probability = torch.softmax(LOGITS.double(), -1)
     kept = sorted(smallest_set(probability, top_p))
     found = frequencies(LOGITS, 1.0, top_p)
@@ -57,6 +62,7 @@ def test_top_p_keeps_exactly_the_smallest_set_and_its_proportions(top_p: float) 
     assert bool(((found[kept] - expected).abs() < 4 * deviation + 1e-9).all())
 
 
+@settings(deadline=None)
 @given(
     logits=st.lists(st.floats(-8, 8, width=32), min_size=2, max_size=12),
     uniform=st.floats(0, 1, exclude_max=True),

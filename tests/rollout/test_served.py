@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -14,6 +15,7 @@ import pytest
 from hpt_mega.resharding.planner import Plan
 from hpt_mega.rollout.dispatch import Fleet, Intake
 from hpt_mega.rollout.engine import EngineError, Sample, SamplingParams
+from hpt_mega.rollout.fleet import TransitionError
 from hpt_mega.rollout.served import Probe, ServedEngine
 from hpt_mega.trajectory import Source, Trajectory
 from tests.rollout import test_dispatch
@@ -108,6 +110,9 @@ class Server:
 
     def abort(self) -> None: ...
 
+    def sleep(self) -> None:
+        self.meet("sleep")
+
     def log_tail(self, lines: int) -> str:
         return "its last line"
 
@@ -116,12 +121,12 @@ class Server:
 
 
 @contextmanager
-def engine_of(*servers: Server) -> Iterator[tuple[ServedEngine, Sync]]:
+def engine_of(*servers: Server, sleeps: bool = False) -> Iterator[tuple[ServedEngine, Sync]]:
     """The engine, with version 0, and how often it was sent weights."""
     probe = Probe((TEXT,), lambda: [TRAINER_LOGP], bound=0.1)
     fleet = Fleet({str(number): server for number, server in enumerate(servers)}, LIMITS, heartbeat_s=0.05)
     sync = Sync()
-    engine = cast(Callable[..., ServedEngine], ServedEngine)(fleet, sync, Alone(), probe)
+    engine = cast(Callable[..., ServedEngine], ServedEngine)(fleet, sync, Alone(), probe, sleeps=sleeps)
     try:
         engine.update_weights(0)
         yield engine, sync
@@ -210,6 +215,24 @@ def test_weights_are_updated_while_samples_are_drawn() -> None:
         engine.update_weights(1)
         server.release.set()
         assert collect() == answers(1, 1)
+
+
+def test_servers_that_sleep_serve_again_with_new_weights_and_none_starts_meanwhile() -> None:
+    well, stubborn = Server(), Server(sleep=["break"])
+    with engine_of(well, stubborn, sleeps=True) as (engine, sync):
+        engine.generate([(1,), (2,)], SAMPLING)
+        engine.sleep()
+        until = time.monotonic() + 20
+        while stubborn.running and time.monotonic() < until:
+            time.sleep(0.01)
+        time.sleep(2 * LIMITS.backoff_s)
+        assert (well.running, stubborn.running, stubborn.starts) == (True, False, 1)
+        engine.update_weights(1)
+        assert sync.sent[-1][0] == 1
+        assert engine.generate([(1,), (2,)], SAMPLING) == answers(1, 1, 2)
+        engine.submit([(3,)], SAMPLING)
+        with pytest.raises(TransitionError, match="rest with 1 unanswered"):
+            engine.sleep()
 
 
 def test_a_closed_engine_leaves_no_server() -> None:

@@ -278,8 +278,8 @@ def test_an_engine_that_slept_needs_weights_before_it_serves(
     assert contract.asleep and engine.alive() == ""
     with pytest.raises(EngineError, match="has no weights to sample with"):
         engine.generate(PROMPTS, SAMPLING)
-    engine.wake()
     trainer.update(engine, 2, 1)
+    assert not contract.asleep
     assert_holds(contract, 1)
     assert len(engine.generate(PROMPTS, SAMPLING)) == 3
 

@@ -8,12 +8,15 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import AsyncMock
 
 import psutil
 import pytest
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
 
 from hpt_mega.rollout.engine import EngineError, SamplingParams
-from hpt_mega.rollout.vllm import VLLMServer
+from hpt_mega.rollout.vllm import VLLMClient, VLLMServer
 from tests.ranks import run_ranks
 from tests.rollout import served
 
@@ -102,11 +105,11 @@ def test_every_endpoint_but_health_asks_for_the_key(tied: tuple[VLLMServer, Path
     assert server.client.key not in server.log.read_text()
 
 
-def test_a_mixture_under_tensor_parallel_serving_gets_its_experts(tmp_path: Path) -> None:
+def test_a_mixture_under_tensor_parallel_serving_gets_the_experts_of_all_ranks(tmp_path: Path) -> None:
     before, after = served.save_models(tmp_path, "qwen3_moe", tied=False)
     server = running(before, tmp_path / "mixture.log", tp=2)
     try:
-        run_ranks(served.bring, 2, tmp_path, server.client, after, {"tp": 1, "pp": 2}, BUCKET, 1)
+        run_ranks(served.bring, 2, tmp_path, server.client, after, {"tp": 2, "pp": 1, "ep": 2}, BUCKET, 1)
         assert served.largest_gap(server.client, served.reference_logp(after)) <= LOGP_BOUND
         processes = processes_of(server)
     finally:
@@ -157,6 +160,31 @@ def test_stale_weights_of_a_tied_model_are_seen_by_the_probe_and_a_killed_server
         assert server.alive() == "was ended by signal 9"
     finally:
         server.close()
+
+
+def test_vllm_understands_sleep_and_that_an_update_wakes(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.entrypoints.rl.online import api_router as updates
+    from vllm.entrypoints.serve.dev.sleep import api_router as sleep
+
+    app = FastAPI()
+    app.state.engine_client = engine = AsyncMock()
+    for router in (sleep.router, updates.router):
+        app.include_router(router)
+
+    def request(client: VLLMClient, method: str, path: str, body: str, timeout_s: float) -> bytes:
+        return TestClient(app).request(method, path, content=body).raise_for_status().content
+
+    monkeypatch.setattr(VLLMClient, "_request", request)
+    client = VLLMClient("fake", 0, "", 5.0, 5.0, Path())
+    client.sleep()
+    for _ in range(2):
+        client.begin_update()
+    asked = [name for name, _, _ in engine.mock_calls if not name.startswith("wake_up()")]
+    assert asked == [
+        *("sleep", "wake_up", "pause_generation", "start_weight_update"),
+        *("pause_generation", "start_weight_update"),
+    ]
+    assert engine.sleep.call_args.args == (2, "abort")
 
 
 def test_a_server_that_cannot_start_says_why(tmp_path: Path) -> None:
