@@ -134,9 +134,7 @@ def test_a_checkpoint_counts_once_it_is_written_and_the_next_one_waits_for_it(tm
 def test_a_writer_that_hangs_is_given_up_at_the_deadline(tmp_path: Path) -> None:
     store, held = CheckpointStore(tmp_path, keep=3, deadline_s=0.1), Event()
     store.begin(5, lambda folder: Files(folder, held=held))
-    with pytest.raises(
-        CheckpointError, match="rank 0 .* step 5: not done after 0.1 s"
-    ):
+    with pytest.raises(CheckpointError, match=r"rank 0 .* step 5: not done after 0.1 s"):
         store.settle()
     held.set()
 
