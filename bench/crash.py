@@ -62,10 +62,11 @@ class Case:
 
 def cases() -> list[Case]:
     served = ("rollout=vllm", "precision=fp32", "rollout.server.bucket_mib=2")
+    served += ("rollout.server.start_deadline_s=1200",)
     aims = ("sync", "anywhere", "checkpoint", "sync", "train")  # the embedded engine's takes microseconds
     return [
-        Case("embedded engine", (), 0.45, SAVE_EVERY),
-        Case("trainer.async_save=true", ("trainer.async_save=true",), 0.45, 2 * SAVE_EVERY),
+        Case("embedded engine", (), 0.5, SAVE_EVERY),
+        Case("trainer.async_save=true", ("trainer.async_save=true",), 0.4, 2 * SAVE_EVERY),
         Case("rollout=vllm", served, 0.1, SAVE_EVERY, head_dim=32, aims=aims),
     ]
 

@@ -70,9 +70,8 @@ class _Strategy(TorchDistSaveShardedStrategy):
 
     def _get_save_and_finalize_callbacks(self, writer: Any, planned: Any) -> AsyncRequest:
         request = super()._get_save_and_finalize_callbacks(writer, planned)
-        writer.write_buckets = [
-            (path, key, (texts, [(item, tensor.to("cpu", copy=self._copied)) for item, tensor in tensors]))
-            for path, key, (texts, tensors) in writer.write_buckets
-        ]
+        for _, _, (_, tensors) in writer.write_buckets:
+            for number, (item, tensor) in enumerate(tensors):  # one by one: some are megatron-core's copies
+                tensors[number] = (item, tensor.to("cpu", copy=self._copied))
         self.writer = writer
         return request._replace(async_fn=None, async_fn_args=(), preload_fn=None)
