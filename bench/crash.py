@@ -18,7 +18,6 @@ import tempfile
 import time
 import traceback
 import uuid
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -52,7 +51,7 @@ class Case:
     bound: int  # steps that a kill may cost
     head_dim: int = 8
     aims: tuple[str, ...] = AIMS
-    phases: Counter[str] = field(default_factory=Counter)  # that kills fell into
+    phases: dict[str, int] = field(default_factory=dict)  # that kills fell into
     writing: int = 0  # of them while a checkpoint was being written
     lost: list[int] = field(default_factory=list)  # steps done and in no checkpoint, by kill
     orphans: int = 0
@@ -128,7 +127,8 @@ def kill_one(case: Case, aim: str, run_dir: Path, model: Path, dice: random.Rand
         time.sleep(dice.uniform(0, 0.2))
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
-    case.phases[phase(run_dir)] += 1
+    fell = phase(run_dir)
+    case.phases[fell] = case.phases.get(fell, 0) + 1
     case.writing += is_writing(run_dir)
     done = metrics(run_dir)[-1]["step"]
     case.lost.append(done - (CheckpointStore(run_dir, keep=2).latest() or 0))
@@ -199,7 +199,7 @@ def run(case: Case, kills: int, minutes: float, dice: random.Random, result: Pat
                 break
             aim = case.aims[number % len(case.aims)]
             kill_one(case, aim, root / "killed", model, dice)
-            print(f"{case.name}: {aim} {dict(case.phases)} lost {case.lost[-1]}", flush=True)
+            print(f"{case.name}: {aim} {case.phases} lost {case.lost[-1]}", flush=True)
         compare(case, root, model)
     result.write_text(json.dumps(asdict(case)))
     return 0
