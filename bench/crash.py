@@ -1,73 +1,138 @@
 """SIGKILL at random instants of a run, resumed each time: bench/results/crash.md.
 
-python bench/crash.py [--kills 50] [--minutes 30]   # a toy model with the demo's tokenizer, one process, CPU
+python bench/crash.py [--kills 50] [--minutes 60]   # a toy model with the demo's tokenizer, one process, CPU
+
+Every run is a fork of a process that has imported what a training process does, and is itself what is killed.
+What launchers and torchrun make of a kill is in tests/test_train.py. The cases run beside each other.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import random
-import subprocess
+import signal
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, field
+import traceback
+import uuid
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 import psutil
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from hpt_mega import worker
 from hpt_mega.checkpoint.store import CheckpointStore
+from hpt_mega.config import compose, save
+from hpt_mega.rollout.process import free_port
 from tests.toy import metrics, save_toy, settings
 
 SAVE_EVERY = 3
+STEPS = 100_000  # the rate's schedule knows the number, so that killed and unbroken runs have the same
+DEADLINE_S = 900.0
 OUT = Path(__file__).parent / "results" / "crash.md"
+FOLLOWS = {"rollout": "reward", "reward": "train", "train": "sync"}
+AIMS = ("anywhere", "rollout", "train", "checkpoint")
 
 
 @dataclass
-class Toll:
-    """What the kills cost."""
+class Case:
+    """A kind of run, the share of kills it gets, and what they cost."""
 
-    kills: int = 0
-    in_write: int = 0  # while a checkpoint was being written
-    lost: list[int] = field(default_factory=list)  # steps done and not in a checkpoint, by kill
+    name: str
+    overrides: tuple[str, ...]
+    share: float
+    bound: int  # steps that a kill may cost
+    head_dim: int = 8
+    aims: tuple[str, ...] = AIMS
+    phases: dict[str, int] = field(default_factory=dict)  # that kills fell into
+    writing: int = 0  # of them while a checkpoint was being written
+    lost: list[int] = field(default_factory=list)  # steps done and in no checkpoint, by kill
     orphans: int = 0
+    steps: int = 0
+    equal: bool = False
 
 
-def start(run_dir: Path, model: Path, steps: int) -> subprocess.Popen[bytes]:
-    overrides = [
-        *settings(model),
-        *("parallel=single", f"trainer.steps={steps}", f"trainer.save_every={SAVE_EVERY}", "resume=auto"),
-        f"run_dir={run_dir}",
+def cases() -> list[Case]:
+    served = ("rollout=vllm", "precision=fp32", "rollout.server.bucket_mib=2")
+    served += ("rollout.server.start_deadline_s=1200",)
+    aims = ("sync", "anywhere", "checkpoint", "sync", "train")  # the embedded engine's takes microseconds
+    return [
+        Case("embedded engine", (), 0.5, SAVE_EVERY),
+        Case("trainer.async_save=true", ("trainer.async_save=true",), 0.4, 2 * SAVE_EVERY),
+        Case("rollout=vllm", served, 0.1, SAVE_EVERY, head_dim=32, aims=aims),
     ]
-    log = run_dir.with_suffix(".log").open("ab")
-    command = [sys.executable, "-m", "hpt_mega.cli", "train", *overrides]
-    return subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
 
 
-def kill_at_random(run_dir: Path, process: subprocess.Popen[bytes], toll: Toll, dice: random.Random) -> bool:
-    """Let it train, kill it at some instant of its next steps; False where it ended before."""
-    begun = size(run_dir)
-    while size(run_dir) <= begun:
-        if process.poll() is not None:
-            return False
-        time.sleep(0.02)
-    pause = time.monotonic() + dice.uniform(0, 6)
-    while time.monotonic() < pause:
-        if process.poll() is not None:
-            return False
-        time.sleep(0.001)
-    family = psutil.Process(process.pid).children(recursive=True)
-    process.kill()
-    process.wait()
-    _, alive = psutil.wait_procs(family, timeout=20)
-    toll.kills += 1
-    toll.orphans += len(alive)
-    toll.in_write += bool(list((run_dir / "checkpoints").glob("*.partial")))
+def start(case: Case, run_dir: Path, model: Path) -> int:
+    """Fork a training process that begins or goes on; returns its id."""
+    config = [
+        *settings(model),
+        *("parallel=single", f"trainer.steps={STEPS}", f"trainer.save_every={SAVE_EVERY}", "resume=auto"),
+        *("telemetry.trace=true", f"run_dir={run_dir}", *case.overrides),
+    ]
+    save(compose(config), run_dir / "config.yaml")
+
+    def train() -> int:
+        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "GLOO_SOCKET_IFNAME": "lo"}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        return worker.main(str(run_dir / "config.yaml"))
+
+    return fork(train, run_dir.with_suffix(".log"))
+
+
+def fork(work: Callable[[], int], log: Path) -> int:
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    try:
+        os.setsid()
+        with log.open("ab") as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+        code = work()
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
+def wait(what: str, until: Callable[[], bool], pid: int, log: Path) -> None:
+    end = time.monotonic() + DEADLINE_S
+    while not until():
+        if os.waitpid(pid, os.WNOHANG)[0] or time.monotonic() > end:
+            sys.exit(f"{what}: not reached\n{log.read_text()[-3000:]}")
+        time.sleep(0.01)
+
+
+def kill_one(case: Case, aim: str, run_dir: Path, model: Path, dice: random.Random) -> None:
+    """Let it make a step, kill it in one of the next, at the phase aimed at if the dice will."""
+    begun, log = size(run_dir), run_dir.with_suffix(".log")
+    pid = start(case, run_dir, model)
+    wait("a step", lambda: size(run_dir) > begun, pid, log)
+    if aim == "checkpoint":
+        wait("a checkpoint", lambda: is_writing(run_dir), pid, log)
+        time.sleep(dice.uniform(0, 0.1))
+    elif aim == "anywhere":
+        time.sleep(dice.uniform(0, 3))
+    else:
+        wait(aim, lambda: phase(run_dir) == aim, pid, log)
+        time.sleep(dice.uniform(0, 0.2))
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    fell = phase(run_dir)
+    case.phases[fell] = case.phases.get(fell, 0) + 1
+    case.writing += is_writing(run_dir)
     done = metrics(run_dir)[-1]["step"]
-    toll.lost.append(done - (CheckpointStore(run_dir, keep=2).latest() or 0))
-    return True
+    case.lost.append(done - (CheckpointStore(run_dir, keep=2).latest() or 0))
+    case.orphans += len(left_alive())
 
 
 def size(run_dir: Path) -> int:
@@ -75,48 +140,118 @@ def size(run_dir: Path) -> int:
     return file.stat().st_size if file.is_file() else 0
 
 
+def is_writing(run_dir: Path) -> bool:
+    return any((run_dir / "checkpoints").glob("*.partial"))
+
+
+def phase(run_dir: Path) -> str:
+    """What the run is in, from the phases that its trace says have ended."""
+    with (run_dir / "logs" / "trace_rank0.json").open("rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - 1000))
+        lines = file.read().splitlines()[-4:]
+    ended = [json.loads(line.rstrip(b","))["name"] for line in lines if line.endswith(b"},")]
+    last = ended[-1] if ended else "eval"
+    if last in FOLLOWS:
+        return FOLLOWS[last]
+    if last == "sync":
+        return "between steps"
+    saved = metrics(run_dir)[-1]["step"] % SAVE_EVERY != 0 or ended[-2:] == ["checkpoint"] * 2
+    return "rollout" if saved else "checkpoint"
+
+
+def left_alive() -> list[psutil.Process]:
+    """Processes of these runs that outlive theirs by more than servers are given to end."""
+    end = time.monotonic() + 30
+    while found := [process for process in psutil.process_iter() if is_ours(process)]:
+        if time.monotonic() > end:
+            return found
+        time.sleep(0.2)
+    return []
+
+
+def is_ours(process: psutil.Process) -> bool:
+    try:
+        return process.environ().get("HPT_CRASH") == os.environ["HPT_CRASH"]
+    except psutil.Error:
+        return False
+
+
+def compare(case: Case, root: Path, model: Path) -> None:
+    """A run never killed, of as many steps: are its metrics the same?"""
+    done, whole = metrics(root / "killed"), root / "whole"
+    pid = start(case, whole, model)
+    wait("the unbroken run", lambda: len(metrics(whole)) >= len(done), pid, whole.with_suffix(".log"))
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    case.orphans += len(left_alive())
+    case.steps, case.equal = len(done) - 1, metrics(whole)[: len(done)] == done
+
+
+def run(case: Case, kills: int, minutes: float, dice: random.Random, result: Path) -> int:
+    begun = time.monotonic()
+    os.environ["HPT_CRASH"] = str(uuid.uuid4())  # of all programs that these runs start
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        model = root / "toy"
+        os.waitpid(fork(lambda: int(not save_toy(model, head_dim=case.head_dim)), root / "toy.log"), 0)
+        for number in range(kills):
+            if time.monotonic() - begun > minutes * 60:
+                break
+            aim = case.aims[number % len(case.aims)]
+            kill_one(case, aim, root / "killed", model, dice)
+            print(f"{case.name}: {aim} {case.phases} lost {case.lost[-1]}", flush=True)
+        compare(case, root, model)
+    result.write_text(json.dumps(asdict(case)))
+    return 0
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--kills", type=int, default=50)
-    parser.add_argument("--minutes", type=float, default=30)
+    parser.add_argument("--minutes", type=float, default=60)
     options = parser.parse_args()
-    dice, toll, begun = random.Random(7), Toll(), time.monotonic()
-    shared = {path.name for path in Path("/dev/shm").iterdir()}
+    shared, found = set(os.listdir("/dev/shm")), []
     with tempfile.TemporaryDirectory() as folder:
-        root, steps = Path(folder), 2000
-        model = save_toy(root / "toy")
-        while toll.kills < options.kills and time.monotonic() - begun < options.minutes * 60:
-            kill_at_random(root / "killed", start(root / "killed", model, steps), toll, dice)
-            print(toll.kills, toll.lost[-1:], flush=True)
-        # the schedule of the learning rate knows the number of steps, so the reference has the same
-        done = metrics(root / "killed")
-        reference = start(root / "whole", model, steps)
-        while len(metrics(root / "whole")) < len(done) and reference.poll() is None:
-            time.sleep(0.2)
-        reference.terminate()
-        reference.wait()
-        whole = metrics(root / "whole")[: len(done)]
-        same = whole == done
-    left = {path.name for path in Path("/dev/shm").iterdir()} - shared
-    mine = [name for name in left if "torch" in name or "hpt" in name]
-    lines = [
+        running = []
+        for number, case in enumerate(cases()):
+            result, log = Path(folder) / f"{number}.json", Path(folder) / f"{number}.log"
+            given = (case, round(case.share * options.kills), options.minutes, random.Random(number), result)
+            running.append((fork(partial(run, *given), log), result, log))
+        for pid, result, log in running:
+            if os.waitpid(pid, 0)[1]:
+                sys.exit(log.read_text()[-3000:])
+            found.append(Case(**json.loads(result.read_text())))
+    left = [name for name in set(os.listdir("/dev/shm")) - shared if "torch" in name or "hpt" in name]
+    text = "\n".join(report(found, left))
+    OUT.write_text(text)
+    print(text)
+    if left or any(not c.equal or c.orphans or max(c.lost) > c.bound for c in found):
+        sys.exit(1)
+
+
+def report(found: list[Case], left: list[str]) -> list[str]:
+    phases = ("rollout", "reward", "train", "sync", "between steps", "checkpoint")
+    return [
         "# SIGKILL at random instants",
         "",
-        "`python bench/crash.py`: a toy model (1.6 M parameters), one process, a checkpoint every",
+        "`python bench/crash.py`: a toy model (1.6 M parameters), one training process, a checkpoint every",
         f"{SAVE_EVERY} steps, deterministic mode. After each kill the run is resumed; at the end its metrics",
-        "are compared, bit for bit, with those of a run never killed.",
+        "are compared, bit for bit, with those of a run never killed. Kills are aimed in turn anywhere and",
+        "into each phase; counted is where they fell. A save in the background may be one interval behind.",
         "",
-        "| kills | in a checkpoint's writing | steps | metrics equal | steps lost a kill, mean (most) "
-        "| orphans | shared memory left |",
-        "|---|---|---|---|---|---|---|",
-        f"| {toll.kills} | {toll.in_write} | {len(done) - 1} | {'yes' if same else 'NO'} "
-        f"| {sum(toll.lost) / len(toll.lost):.1f} ({max(toll.lost)}) | {toll.orphans} | {len(mine)} |",
+        f"| run | kills | {' | '.join(f'in {phase}' for phase in phases)} | while a checkpoint was written "
+        "| steps | metrics equal | steps lost a kill, mean (most) | orphans |",
+        "|---|---|" + "---|" * (len(phases) + 5),
+        *(
+            f"| {c.name} | {len(c.lost)} | {' | '.join(str(c.phases.get(phase, 0)) for phase in phases)} "
+            f"| {c.writing} | {c.steps} | {'yes' if c.equal else 'NO'} "
+            f"| {sum(c.lost) / len(c.lost):.1f} ({max(c.lost)}) | {c.orphans} |"
+            for c in found
+        ),
+        "",
+        f"Left in /dev/shm: {len(left)}. Memory files (memfd) end with the processes that hold them.",
         "",
     ]
-    OUT.write_text("\n".join(lines))
-    print("\n".join(lines))
-    if not same or toll.orphans or mine or max(toll.lost) > SAVE_EVERY:
-        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -11,9 +11,7 @@ import argparse
 import ctypes
 import gc
 import re
-import resource
 import tempfile
-from multiprocessing import current_process
 from pathlib import Path
 
 import torch
@@ -72,7 +70,6 @@ def measure(parallel: ParallelConfig, lengths: tuple[int, ...], save: str, folde
     from hpt_mega.objective import algorithm
     from hpt_mega.resharding.mapping import family_for
 
-    current_process()._config["daemon"] = False  # type: ignore[attr-defined]  # saving starts processes
     cfg = Config(parallel=parallel, precision=PrecisionConfig("fp32"))
     layout = runtime.initialize(cfg)
     shape = family_for(LLAMA).read_shape(LLAMA)
@@ -92,7 +89,7 @@ def measure(parallel: ParallelConfig, lengths: tuple[int, ...], save: str, folde
         update(optimizer)
     with Peak() as idle:
         pass
-    found = {"step": step.above, "held": idle.before, "save": 0.0, "child": 0.0}
+    found = {"step": step.above, "held": idle.before, "save": 0.0}
     found["parameters"] = sum(p.numel() for p in model.parameters()) / 1e6
     parts = getattr(optimizer, "chained_optimizers", [optimizer])
     states = [s for part in parts for s in part.optimizer.state.values()]
@@ -100,9 +97,10 @@ def measure(parallel: ParallelConfig, lengths: tuple[int, ...], save: str, folde
     if save:
         cfg.trainer.checkpoint_format = save
         with Peak() as saving:
-            state.save_state(folder, model, optimizer, {}, layout, cfg)
+            writer = state.begin_save(folder, model, optimizer, {}, layout, cfg)
+            writer.write()
+            writer.complete()
         found["save"] = saving.above
-        found["child"] = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
     runtime.shutdown()
     return found
 
@@ -126,8 +124,8 @@ def recompute_table() -> list[str]:
 def optimizer_table() -> list[str]:
     lines = [
         "| ranks | distributed optimizer | Adam's moments a rank, MiB | resident after a step, MiB "
-        "| peak of a save above it, MiB | largest writer process, MiB |",
-        "|---|---|---|---|---|---|",
+        "| peak of a save above it, MiB |",
+        "|---|---|---|---|---|",
     ]
     for dp in (2, 4):
         rows = [("no", False, "dp_reshardable")]
@@ -136,7 +134,7 @@ def optimizer_table() -> list[str]:
             parallel = ParallelConfig(pp=1, dp=dp, distributed_optimizer=sharded)
             ranks = job(parallel, (60, 40), save)
             most = {key: max(rank[key] for rank in ranks) for key in ranks[0]}
-            columns = [f"{most[key]:.0f}" for key in ("state", "held", "save", "child")]
+            columns = [f"{most[key]:.0f}" for key in ("state", "held", "save")]
             lines.append(f"| {dp} | {name} | {' | '.join(columns)} |")
             print(lines[-1], flush=True)
     return lines

@@ -8,13 +8,18 @@ Arithmetic of seconds on one core. The rows are in hpt_mega/planning/reference.p
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
-from collections.abc import Sequence
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from math import log
 from pathlib import Path
 
+from hpt_mega.planning import Job, Layout, memory, model
 from hpt_mega.planning.hardware import DEFAULT, Efficiency
+from hpt_mega.planning.memory import GIB, stage_shards
 from hpt_mega.planning.reference import HELD_OUT, REFERENCE, Published
 
 FITTED = ("gemm_bf16", "gemm_fp8", "moe_host_s")
@@ -75,6 +80,83 @@ def table(rows: Sequence[Published], left_out: bool) -> list[str]:
     return lines
 
 
+SHARD = Path(__file__).parents[1] / "tests" / "planning" / "megatron_shard.py"
+LLAMA_8B = {
+    "num_layers": 32,
+    "hidden_size": 4096,
+    "ffn_hidden_size": 14336,
+    "num_attention_heads": 32,
+    "num_query_groups": 8,
+    "kv_channels": 128,
+    "gated_linear_unit": True,
+}
+LLAMA_70B = LLAMA_8B | {
+    "num_layers": 80,
+    "hidden_size": 8192,
+    "ffn_hidden_size": 28672,
+    "num_attention_heads": 64,
+}
+QWEN_30B = {
+    "num_layers": 48,
+    "hidden_size": 2048,
+    "ffn_hidden_size": 768,
+    "moe_ffn_hidden_size": 768,
+    "num_attention_heads": 32,
+    "num_query_groups": 4,
+    "kv_channels": 128,
+    "gated_linear_unit": True,
+    "num_moe_experts": 128,
+    "moe_router_topk": 8,
+    "qk_layernorm": True,
+    "moe_token_dispatcher_type": "alltoall",
+}
+SHARDS = [  # model, its sizes for megatron-core, vocabulary, GPUs, layout
+    ("llama3_1_8b", LLAMA_8B, 128256, 8, Layout(2, 1)),
+    ("llama3_1_70b", LLAMA_70B, 128256, 64, Layout(4, 8)),
+    ("qwen3_30b_a3b", QWEN_30B, 151936, 16, Layout(1, 4)),
+    ("qwen3_30b_a3b", QWEN_30B, 151936, 64, Layout(2, 2, ep=8)),
+]
+
+
+def memory_table() -> list[str]:
+    """The first stage's parameters and bytes beside those of a real model and of Megatron-LM's formula."""
+    lines = [
+        "| model | GPUs | layout | parameters, planner | megatron-core | error "
+        "| weights, gradients, optimizer, GiB | Megatron-LM's formula | error |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, sizes, vocab, gpus, layout in SHARDS:
+        arguments = [gpus, 0, layout.tp, layout.pp, layout.ep, json.dumps(sizes), vocab]
+        run = subprocess.run([sys.executable, SHARD, *map(str, arguments)], capture_output=True, check=True)
+        real = sum(json.loads(run.stdout.splitlines()[-1]).values())
+        shard = stage_shards(model(name), layout)[0]
+        ours = shard.dense + shard.experts
+        row = f"| {name} | {gpus} | {layout} | {ours / 1e9:.4f} B | {real / 1e9:.4f} B "
+        row += f"| {ours / real - 1:+.2%} |"
+        if layout.ep == 1:  # the formula knows no expert parallelism
+            held = memory(model(name), Job(gpus), layout)
+            bytes_ours = held.weights + held.gradients + held.optimizer
+            theirs = theoretical_bytes(sizes, vocab, gpus, layout) / GIB
+            lines.append(f"{row} {bytes_ours:.2f} | {theirs:.2f} | {bytes_ours / theirs - 1:+.2%} |")
+        else:
+            lines.append(f"{row} | | |")
+    return lines
+
+
+def theoretical_bytes(sizes: Mapping[str, int], vocab: int, gpus: int, layout: Layout) -> float:
+    """Of the most loaded shard, by Megatron-LM's training/theoretical_memory_usage.py, with its optimizer
+    distributed and embeddings not shared."""
+    hidden, layers = sizes["hidden_size"], sizes["num_layers"]
+    attention = 1 + sizes["num_query_groups"] / sizes["num_attention_heads"]
+    attention *= sizes["kv_channels"] * sizes["num_attention_heads"] / hidden
+    feed_forward = 1.5 * sizes["ffn_hidden_size"] / hidden * sizes.get("num_moe_experts", 1)
+    norms = 2 / hidden + 1 / (layers * hidden)
+    block = 2 * layers * hidden**2 * (attention + feed_forward + norms)
+    embeddings = hidden * vocab * (2 if layout.pp == 1 else 1)
+    shard = (block / layout.pp + embeddings) / layout.tp
+    return shard * (6 + 12 / (gpus / layout.tp / layout.pp))
+
+
 def summary(errors: Sequence[float]) -> str:
     sizes = sorted(abs(error) for error in errors)
     return f"median {statistics.median(sizes):.1%}, worst {sizes[-1]:.1%}"
@@ -116,6 +198,14 @@ both have the same peak on paper, so differences of power or of release are not 
 depend on the release: the same job on 8 GB300 went from 30,376 tokens/s (26.02) to 45,275 (26.06), and rows
 of earlier releases can be far slower than predicted. Take a plan for experts as an order of layouts, not as a
 promise. Nothing in mode rl has been compared with a measurement.
+
+## Memory
+
+The first stage's parameters beside those of a real megatron-core model on the meta device, and the bytes of
+weights, gradients and a distributed optimizer beside Megatron-LM's theoretical_memory_usage.py, which counts
+no experts' ranks.
+
+{memory}
 """
 
 
@@ -132,6 +222,7 @@ def report() -> str:
         held_out="\n".join(table(HELD_OUT, left_out=False)),
         dense=summary([row.error() for row in HELD_OUT if not row.shape.experts]),
         experts=summary([row.error() for row in HELD_OUT if row.shape.experts]),
+        memory="\n".join(memory_table()),
     )
 
 

@@ -1,6 +1,6 @@
 """Memory over a long run: bench/results/soak.md.
 
-python bench/soak.py [--minutes 30] [KEY=VALUE...]   # experiment=demo; RSS of every rank from health.jsonl
+python bench/soak.py [--minutes 30]   # the demo and a toy model beside each other; RSS from health.jsonl
 """
 
 from __future__ import annotations
@@ -13,6 +13,10 @@ import tempfile
 import time
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from tests.toy import save_toy, settings
+
 WARM_UP = 10
 OUT = Path(__file__).parent / "results" / "soak.md"
 
@@ -20,35 +24,30 @@ OUT = Path(__file__).parent / "results" / "soak.md"
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--minutes", type=float, default=30)
-    parser.add_argument("overrides", nargs="*", default=["experiment=demo"])
-    options = parser.parse_args()
+    minutes = parser.parse_args().minutes
     with tempfile.TemporaryDirectory() as folder:
-        run_dir = Path(folder) / "run"
-        command = [sys.executable, "-m", "hpt_mega.cli", "train", *options.overrides, f"run_dir={run_dir}"]
-        process = subprocess.Popen([*command, "trainer.steps=100000"], stdout=subprocess.DEVNULL)
-        end = time.monotonic() + options.minutes * 60
-        while time.monotonic() < end and process.poll() is None:
+        root = Path(folder)
+        toy = [*settings(save_toy(root / "model")), "trainer.save_every=50"]
+        runs = {"demo": ["experiment=demo"], "toy": toy}
+        processes = [start(overrides, root / name) for name, overrides in runs.items()]
+        end = time.monotonic() + minutes * 60
+        while time.monotonic() < end and all(process.poll() is None for process in processes):
             time.sleep(1)
-        process.terminate()
-        process.wait()
-        lines = (run_dir / "health.jsonl").read_text().splitlines()
-    used = [json.loads(line)["rss"] for line in lines][WARM_UP:]
-    rows = []
-    for rank, series in enumerate(zip(*used, strict=True)):
-        rows.append(
-            f"| {rank} | {len(series)} | {series[0] / 2**20:.0f} | {series[-1] / 2**20:.0f} "
-            f"| {slope(series) * 100 / series[0]:+.2%} |"
-        )
-    called = f"`python bench/soak.py --minutes {options.minutes:g} {' '.join(options.overrides)}`"
+        for process in processes:
+            process.terminate()
+            process.wait()
+        rows = [row for name in runs for row in table(name, root / name)]
     text = "\n".join(
         [
             "# Memory over a long run",
             "",
-            f"{called}, after {WARM_UP}",
-            "steps of warm-up; growth is the slope of a straight line through all steps.",
+            f"`python bench/soak.py --minutes {minutes:g}`: the demo and the toy model of tests/toy.py, with",
+            f"a checkpoint every 50 steps, at once, parallel=single, after {WARM_UP} steps of warm-up.",
+            "Growth is the slope of a straight line through all steps, or their second half, over the",
+            "mean, in 100 steps.",
             "",
-            "| rank | steps | first, MiB | last, MiB | growth of RSS in 100 steps |",
-            "|---|---|---|---|---|",
+            "| run | rank | steps | first, MiB | last, MiB | most | growth | in the second half |",
+            "|---|---|---|---|---|---|---|---|",
             *rows,
             "",
         ]
@@ -57,12 +56,29 @@ def main() -> None:
     print(text)
 
 
-def slope(series: tuple[int, ...]) -> float:
-    """Least squares, bytes a step."""
+def start(overrides: list[str], run_dir: Path) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "hpt_mega.cli", "train", *overrides, "parallel=single"]
+    command += ["trainer.steps=100000", f"run_dir={run_dir}"]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL)
+
+
+def table(name: str, run_dir: Path) -> list[str]:
+    """A row a rank."""
+    lines = (run_dir / "health.jsonl").read_text().splitlines()
+    used = [json.loads(line)["rss"] for line in lines][WARM_UP:]
+    return [
+        f"| {name} | {rank} | {len(series)} | {series[0] / 2**20:.0f} | {series[-1] / 2**20:.0f} "
+        f"| {max(series) / 2**20:.0f} | {growth(series):+.2%} | {growth(series[len(series) // 2 :]):+.2%} |"
+        for rank, series in enumerate(zip(*used, strict=True))
+    ]
+
+
+def growth(series: tuple[int, ...]) -> float:
+    """Least squares: in 100 steps, as a share of the mean."""
     middle = (len(series) - 1) / 2
     mean = sum(series) / len(series)
     above = sum((i - middle) * (value - mean) for i, value in enumerate(series))
-    return above / sum((i - middle) ** 2 for i in range(len(series)))
+    return 100 * above / sum((i - middle) ** 2 for i in range(len(series))) / mean
 
 
 if __name__ == "__main__":

@@ -256,6 +256,7 @@ class TrainerConfig:
     eval_every: int = 0  # 0: only before the first and after the last step
     save_every: int = 10
     keep_checkpoints: int = 2
+    async_save: bool = False  # train while the last checkpoint is written, from a copy in the host's memory
     # of the distributed optimizer's state: dp_reshardable loads at another dp and cp; fully_reshardable at
     # any layout, and every rank holds the whole state while it is saved
     checkpoint_format: str = "dp_reshardable"

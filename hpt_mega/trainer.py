@@ -67,12 +67,16 @@ class Trainer:
             timing = self.timer.take()
             self.log.record(self.step, record | {"timing": timing})
             self.health.observe(self.step, timing)
+            with self.timer.phase("checkpoint"):
+                self.store.settle(wait=False)
             stop = self.interruption.reached_any(self.layout) and self.step < self.cfg.trainer.steps
             if stop or self._is_due(self.cfg.trainer.save_every):
                 self.save()
             if stop:
-                return False
-        return True
+                break
+        with self.timer.phase("checkpoint"):
+            self.store.settle()
+        return self.step >= self.cfg.trainer.steps
 
     def train_step(self) -> dict[str, Any]:
         """One step of HPT (arXiv 2509.04419, algorithm 1); returns its metrics."""
@@ -226,8 +230,12 @@ class Trainer:
         }
 
     def save(self) -> None:
-        with self.timer.phase("checkpoint"), self.store.writing(self.step) as folder:
-            self.learner.save(folder, {"step": self.step, "loader": self.loader.state()})
+        """Write a checkpoint; with trainer.async_save it is complete some steps later, or as run() ends."""
+        common = {"step": self.step, "loader": self.loader.state()}
+        with self.timer.phase("checkpoint"):
+            self.store.begin(self.step, lambda folder: self.learner.begin_save(folder, common))
+            if not self.cfg.trainer.async_save:
+                self.store.settle()
 
     def resume(self, step: int) -> None:
         common = self.learner.load(self.store.path(step))

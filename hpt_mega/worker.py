@@ -71,7 +71,7 @@ def train(cfg: Config, layout: Layout, timer: PhaseTimer, interruption: Interrup
     run_dir = Path(cfg.run_dir)
     if cfg.telemetry.trace:
         timer.trace = Trace(run_dir / "logs" / f"trace_rank{layout.rank}.json", layout.rank)
-    store = CheckpointStore(run_dir, keep=cfg.trainer.keep_checkpoints)
+    store = CheckpointStore(run_dir, cfg.trainer.keep_checkpoints, cfg.trainer.deadline_s)
     resume_step = store.latest_whole() if cfg.resume == "auto" else None
     with RunLog(cfg, layout, resume_step) as log:
         trainer = build_trainer(cfg, layout, store, log, timer, interruption)

@@ -86,9 +86,12 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def killed_run(tmp_path: Path) -> Path:
-    """A run whose launcher got SIGKILL in the middle of step 4; its checkpoint is that of step 2."""
+    """A run whose launcher got SIGKILL in the middle of step 4; its checkpoint is that of step 2.
+
+    It was written while step 3 went on, unlike those of the run that is never killed.
+    """
     run_dir = tmp_path / "run"
-    process = start(run_dir)
+    process = start(run_dir, "trainer.async_save=true")
     wait_for_step(run_dir, 3, process)
     ranks = family_tree(process)
     process.kill()

@@ -1,6 +1,7 @@
 """Where a run's checkpoints live: written aside, summed, renamed when complete, pruned, found again if whole.
 
-What is inside them is megatron/state.py's business.
+What is inside them is megatron/state.py's business. A thread of each rank writes; the training's thread alone
+talks with other ranks.
 """
 
 from __future__ import annotations
@@ -11,19 +12,35 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from threading import Thread
+from typing import Any, Protocol, TypeVar
 
 import torch.distributed as dist
-from torch.distributed.checkpoint.api import CheckpointException
 
 SUMS = "sha256.json"  # {file: [bytes, digest]} of a checkpoint's other files
 _COMPLETE = re.compile(r"step_(\d{6,})")
 _STORAGE_ERRORS = tuple(os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EIO))
 
+_ROOM = 2**20  # bytes that must be free for the first small files of a checkpoint
+
 T = TypeVar("T")
+Sum = tuple[int, str]  # bytes, digest
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that could not be written, for a reason that is not the storage's."""
+
+
+class Writer(Protocol):
+    """A state on its way into a folder: megatron/saving.py."""
+
+    def write(self) -> list[Path]:
+        """Write this rank's files, and return them; called in another thread."""
+
+    def complete(self) -> None:
+        """Add what describes all ranks' files; collective."""
 
 
 class CheckpointStore:
@@ -33,9 +50,12 @@ class CheckpointStore:
     any instant leaves at most that.
     """
 
-    def __init__(self, run_dir: Path, keep: int) -> None:
+    def __init__(self, run_dir: Path, keep: int, deadline_s: float = 600.0) -> None:
+        """`deadline_s`: the longest that a rank may write at one checkpoint."""
         self._root = run_dir / "checkpoints"
         self._keep = keep
+        self._deadline_s = deadline_s
+        self._pending: _Pending | None = None
 
     def steps(self) -> list[int]:
         """Steps of all complete checkpoints, oldest first."""
@@ -65,35 +85,43 @@ class CheckpointStore:
                 print("going back to the one before it", flush=True)
         return None
 
-    @contextmanager
-    def writing(self, step: int) -> Iterator[Path]:
-        """A folder to write the checkpoint of `step` into; it counts once the block ends on all ranks.
+    def begin(self, step: int, make: Callable[[Path], Writer]) -> None:
+        """Begin the checkpoint of `step` in a new folder; settle() completes it. All ranks call both.
 
-        Where storage fails on any rank (full, over quota, broken) the run goes on without this checkpoint:
-        rank 0 says so, and the last good one stays. Other errors pass through.
+        Waits for the checkpoint before it, if that is not complete yet.
         """
-        partial = self.path(step).with_suffix(".partial")
-        if dist.get_rank() == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-        dist.barrier()
-        failure = ""
-        try:
-            yield partial
-        except (OSError, RuntimeError, CheckpointException) as error:
-            failure = _storage_failure(error)
-            if not failure:
-                raise
-        failures = [one for one in _gathered(failure) if one]
-        sums = {} if failures else _merged(_gathered(_sums(_share(_files(partial)), partial)))
-        if dist.get_rank() == 0:
-            failures += [] if failures else self._complete(step, sums)
-            if failures:
-                shutil.rmtree(partial, ignore_errors=True)
-                last = self.latest()
-                print(f"the checkpoint of step {step} was not written: {failures[0]}", flush=True)
-                print(f"going on; the last good one is that of step {last}", flush=True)
-        dist.barrier()
+        self.settle()
+        partial = self._partial(step)
+        failure = _from_first_rank(_prepare(partial) if dist.get_rank() == 0 else "")
+        if failure:
+            self._give_up(step, failure)
+        else:
+            self._pending = _Pending(step, make(partial))
+
+    def settle(self, *, wait: bool = True) -> None:
+        """Complete the checkpoint that was begun, if any; without `wait` only if all ranks have written.
+
+        Where storage failed on any rank (full, over quota, broken) the run goes on without this checkpoint:
+        rank 0 says so, and the last good one stays. Raises CheckpointError, on all ranks and with the one
+        that failed, for anything else.
+        """
+        if (pending := self._pending) is None or not (wait or all(_gathered(pending.has_written()))):
+            return
+        self._pending = None
+        step, outcomes = pending.step, _gathered(pending.outcome(self._deadline_s))
+        failures = {rank: error for rank, (error, _) in enumerate(outcomes) if error}
+        for rank, error in failures.items():
+            if not _is_of_storage(error):
+                raise CheckpointError(f"rank {rank} could not write the checkpoint of step {step}: {error}")
+        if failures:
+            self._give_up(step, next(iter(failures.values())))
+            return
+        pending.writer.complete()
+        failure = (
+            self._complete(step, _merged([sums for _, sums in outcomes])) if dist.get_rank() == 0 else ""
+        )
+        if failure := _from_first_rank(failure):
+            self._give_up(step, failure)
 
     def prune(self, keep: int) -> list[int]:
         """Remove all but the newest `keep`, and what kills have left; returns the steps removed."""
@@ -104,20 +132,60 @@ class CheckpointStore:
             shutil.rmtree(leftover)
         return removed
 
-    def _complete(self, step: int, sums: Mapping[str, Sequence[Any]]) -> list[str]:
-        """Sum, rename, prune, on rank 0; returns what storage had against it."""
-        partial = self.path(step).with_suffix(".partial")
+    def _partial(self, step: int) -> Path:
+        return self.path(step).with_suffix(".partial")
+
+    def _complete(self, step: int, sums: dict[str, Sum]) -> str:
+        """Sum what is left, rename, prune, on rank 0; returns what storage had against it."""
+        partial = self._partial(step)
         try:
+            sums |= _sums(partial, (path for path in partial.rglob("*") if path.is_file()), known=sums)
             (partial / SUMS).write_text(json.dumps(sums, indent=1, sort_keys=True))
             shutil.rmtree(self.path(step), ignore_errors=True)
             partial.rename(self.path(step))
             self.prune(self._keep)
         except OSError as error:
-            return [str(error)]
-        return []
+            return str(error)
+        return ""
+
+    def _give_up(self, step: int, failure: str) -> None:
+        """Go on without the checkpoint of this step; all ranks know why."""
+        if dist.get_rank() == 0:
+            shutil.rmtree(self._partial(step), ignore_errors=True)
+            print(f"the checkpoint of step {step} was not written: {failure}", flush=True)
+            print(f"going on; the last good one is that of step {self.latest()}", flush=True)
 
     def _damage_of_my_share(self, step: int) -> list[str]:
         return damage(self.path(step), share=(dist.get_rank(), dist.get_world_size()))
+
+
+class _Pending:
+    """A checkpoint that a thread of this rank is writing."""
+
+    def __init__(self, step: int, writer: Writer) -> None:
+        self.step = step
+        self.writer = writer
+        self._error = ""
+        self._sums: dict[str, Sum] = {}
+        self._thread = Thread(target=self._write, name=f"checkpoint of step {step}", daemon=True)
+        self._thread.start()
+
+    def has_written(self) -> bool:
+        return not self._thread.is_alive()
+
+    def outcome(self, deadline_s: float) -> tuple[str, dict[str, Sum]]:
+        """What went wrong on this rank, or nothing, and the sums of its files; waits for the thread."""
+        self._thread.join(deadline_s)
+        if self._thread.is_alive():
+            return f"not done after {deadline_s:g} s; raise trainer.deadline_s", {}
+        return self._error, self._sums
+
+    def _write(self) -> None:
+        try:
+            files = self.writer.write()
+            self._sums = _sums(files[0].parent, files) if files else {}
+        except BaseException as error:
+            self._error = f"{type(error).__name__}: {error}"
 
 
 def damage(folder: Path, share: tuple[int, int] = (0, 1)) -> list[str]:
@@ -140,16 +208,25 @@ def damage(folder: Path, share: tuple[int, int] = (0, 1)) -> list[str]:
     return found
 
 
-def _files(folder: Path) -> list[str]:
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+def _prepare(partial: Path) -> str:
+    """An empty folder with room in it; returns what storage has against it.
+
+    Rank 0 alone writes the first files, among the calls in which all ranks meet: there it could not fail
+    without the others waiting for it.
+    """
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        (partial / "room").write_bytes(bytes(_ROOM))
+        (partial / "room").unlink()
+    except OSError as error:
+        return str(error)
+    return ""
 
 
-def _share(items: Sequence[T]) -> Sequence[T]:
-    return items[dist.get_rank() :: dist.get_world_size()]
-
-
-def _sums(names: Sequence[str], folder: Path) -> dict[str, tuple[int, str]]:
-    return {name: ((folder / name).stat().st_size, _digest(folder / name)) for name in names}
+def _sums(folder: Path, files: Iterable[Path], known: Collection[str] = ()) -> dict[str, Sum]:
+    named = {str(path.relative_to(folder)): path for path in files}
+    return {name: (path.stat().st_size, _digest(path)) for name, path in named.items() if name not in known}
 
 
 def _digest(path: Path) -> str:
@@ -157,10 +234,8 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _storage_failure(error: BaseException) -> str:
-    """What the error says where storage caused it, on this rank or another; else empty."""
-    text = f"{error!r} {error}"
-    return next((reason for reason in _STORAGE_ERRORS if reason in text), "")
+def _is_of_storage(error: str) -> bool:
+    return any(reason in error for reason in _STORAGE_ERRORS)
 
 
 def _merged(parts: Sequence[Mapping[str, T]]) -> dict[str, T]:

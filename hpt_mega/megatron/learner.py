@@ -29,7 +29,8 @@ from hpt_mega.megatron.optimizer import (
 )
 from hpt_mega.megatron.precision import tokens_multiple
 from hpt_mega.megatron.runtime import Layout
-from hpt_mega.megatron.state import load_state, save_state
+from hpt_mega.megatron.saving import StateWriter
+from hpt_mega.megatron.state import begin_save, load_state
 from hpt_mega.megatron.step import Metrics, Objective, describe_update, forward_backward, score, update
 from hpt_mega.objective import Estimator, TokenBatch
 from hpt_mega.trajectory import Trajectory
@@ -66,12 +67,14 @@ class Learner:
         """Log-probabilities of the response tokens under the current policy, on every rank of the replica."""
         return self._per_token(trajectories, self._logp_under(self.policy.module, temperature=1.0))
 
-    def save(self, folder: Path, common: dict[str, Any]) -> None:
-        """Write all that learning goes on from; `common` is small plain data."""
-        save_state(folder, self.policy.module, self.optimizer, common, self.layout, self.cfg, self.critic)
+    def begin_save(self, folder: Path, common: dict[str, Any]) -> StateWriter:
+        """Begin to write all that learning goes on from; `common` is small plain data."""
+        return begin_save(
+            folder, self.policy.module, self.optimizer, common, self.layout, self.cfg, self.critic
+        )
 
     def load(self, folder: Path) -> dict[str, Any]:
-        """Go on from what `save` wrote; returns its `common`."""
+        """Go on from what `begin_save` wrote; returns its `common`."""
         return load_state(folder, self.policy.module, self.optimizer, self.layout, self.cfg, self.critic)
 
     def _score(self, trajectories: Sequence[Trajectory]) -> list[Trajectory]:

@@ -5,7 +5,6 @@ Where checkpoints live, when they are complete and which are kept is checkpoint/
 
 from __future__ import annotations
 
-import queue
 import random
 from dataclasses import asdict
 from pathlib import Path
@@ -19,10 +18,10 @@ from hpt_mega.megatron.critic import Critic
 from hpt_mega.megatron.model import PolicyModel
 from hpt_mega.megatron.optimizer import MegatronOptimizer
 from hpt_mega.megatron.runtime import Layout
+from hpt_mega.megatron.saving import StateWriter
 
 from megatron.core import dist_checkpointing  # isort: skip
 from megatron.core.dist_checkpointing.mapping import ShardedObject  # isort: skip
-from megatron.core.dist_checkpointing.strategies import filesystem_async  # isort: skip
 
 # What a distributed optimizer's own buffers follow from, and with them its state as dp_reshardable.
 _BUFFERS_FOLLOW = ("tp", "pp", "vpp", "ep", "etp", "stage_layers", "overlap")
@@ -32,7 +31,7 @@ class StateError(ValueError):
     """A saved state that this layout cannot load; the message says which one can."""
 
 
-def save_state(
+def begin_save(
     folder: Path,
     model: PolicyModel,
     optimizer: MegatronOptimizer,
@@ -40,26 +39,24 @@ def save_state(
     layout: Layout,
     cfg: Config,
     critic: Critic | None = None,
-) -> None:
-    """Write this job's state into the existing folder; every rank calls it. `common` is small plain data."""
+) -> StateWriter:
+    """Begin to write this job's state into the existing folder; every rank calls it.
+
+    `common` is small plain data. With trainer.async_save training may go on before the writer is done.
+    """
     written_as, frozen = cfg.trainer.checkpoint_format, bool(cfg.optimizer.frozen)
-    # For this queue megatron-core would start a process that outlives a killed rank. Saves here are
-    # synchronous: what is put into it is taken out by the same process.
-    filesystem_async._results_queue = queue.Queue()
-    dist_checkpointing.save(
-        {
-            **_sharded_state(model, optimizer, critic, written_as, frozen=frozen, loading=False),
-            "random": _sharded_random_state(layout),
-            "world_size": layout.world_size,
-            "written_as": {
-                "format": written_as,
-                "parallel": asdict(cfg.parallel),
-                "trained": _trained(cfg),
-            },
-            "common": common,
+    state = {
+        **_sharded_state(model, optimizer, critic, written_as, frozen=frozen, loading=False),
+        "random": _sharded_random_state(layout),
+        "world_size": layout.world_size,
+        "written_as": {
+            "format": written_as,
+            "parallel": asdict(cfg.parallel),
+            "trained": _trained(cfg),
         },
-        str(folder),
-    )
+        "common": common,
+    }
+    return StateWriter(state, folder, copied=cfg.trainer.async_save)
 
 
 def load_state(
@@ -70,7 +67,7 @@ def load_state(
     cfg: Config,
     critic: Critic | None = None,
 ) -> dict[str, Any]:
-    """Restore what save_state wrote; returns `common`.
+    """Restore what begin_save's writer wrote; returns `common`.
 
     Random numbers go on only where the job has as many processes as the one that saved. Raises StateError
     for a layout that the saved optimizer cannot be loaded into.

@@ -5,12 +5,14 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from threading import Event, Timer
 
 import pytest
 import torch.distributed as dist
 
-from hpt_mega.checkpoint.store import SUMS, CheckpointStore, damage
+from hpt_mega.checkpoint.store import SUMS, CheckpointError, CheckpointStore, damage
 from hpt_mega.cli import main
 from tests.ranks import run_ranks
 
@@ -23,11 +25,37 @@ def alone() -> Iterator[None]:
     dist.destroy_process_group()
 
 
-def write(store: CheckpointStore, step: int) -> None:
-    with store.writing(step) as folder:
-        (folder / "weights").write_bytes(bytes(range(7)) * step)
-        (folder / "deep").mkdir()
-        (folder / "deep" / "state").write_text(f"state of {step}")
+@dataclass
+class Files:
+    """Some files in place of a state; what goes wrong, and when, is given."""
+
+    folder: Path
+    text: str = ""
+    error: BaseException | None = None
+    held: Event | None = None  # until it is set, writing takes
+
+    def write(self) -> list[Path]:
+        if self.held:
+            assert self.held.wait(60)
+        file = self.folder / f"rank{dist.get_rank()}"
+        file.write_text(self.text)
+        if self.error:
+            raise self.error
+        return [file]
+
+    def complete(self) -> None:
+        if dist.get_rank() == 0:
+            (self.folder / "deep").mkdir()
+            (self.folder / "deep" / "state").write_text(f"state of {self.text}")
+
+
+def write(store: CheckpointStore, step: int, error: BaseException | None = None) -> None:
+    store.begin(step, lambda folder: Files(folder, text=f"weights of {step}", error=error))
+    store.settle()
+
+
+def full(number: int = errno.ENOSPC) -> OSError:
+    return OSError(number, os.strerror(number))
 
 
 @pytest.mark.usefixtures("alone")
@@ -39,10 +67,10 @@ def test_resuming_goes_around_a_damaged_checkpoint_and_says_so(
     for step in (5, 10, 15):
         write(store, step)
     assert store.latest_whole() == 15
-    weights, sums = store.path(15) / "weights", store.path(15) / SUMS
+    weights, sums = store.path(15) / "rank0", store.path(15) / SUMS
     if harm == "a flipped bit":
         data = bytearray(weights.read_bytes())
-        data[33] ^= 4
+        data[3] ^= 4
         weights.write_bytes(data)
     elif harm == "a cut file":
         weights.write_bytes(weights.read_bytes()[:-1])
@@ -61,47 +89,75 @@ def test_resuming_goes_around_a_damaged_checkpoint_and_says_so(
     assert capsys.readouterr().out.count("; whole") == 2
 
 
+def no_room(path: Path, data: bytes) -> int:
+    raise full()
+
+
 @pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize("when", ["in writing", "from the first byte"])
 def test_a_full_disk_costs_one_checkpoint_and_not_the_run(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    when: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = CheckpointStore(tmp_path, keep=3)
     write(store, 5)
-    with store.writing(10) as folder:
-        (folder / "weights").write_bytes(b"half of i")
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    if when == "in writing":
+        write(store, 10, full())
+    else:
+        monkeypatch.setattr(Path, "write_bytes", no_room)
+        store.begin(10, Files)
+        store.settle()
     assert store.steps() == [5]
     assert not list((tmp_path / "checkpoints").glob("*.partial"))
     said = capsys.readouterr().out
-    assert "step 10 was not written: No space left on device" in said
+    assert "step 10 was not written" in said
+    assert "No space left on device" in said
     assert "the last good one is that of step 5" in said
     assert damage(store.path(5)) == []
 
 
 @pytest.mark.usefixtures("alone")
-def test_an_error_that_storage_did_not_cause_passes_through(tmp_path: Path) -> None:
-    store = CheckpointStore(tmp_path, keep=3)
-    with pytest.raises(RuntimeError, match="a bug"), store.writing(5):
-        raise RuntimeError("a bug")
+def test_a_checkpoint_counts_once_it_is_written_and_the_next_one_waits_for_it(tmp_path: Path) -> None:
+    store, held = CheckpointStore(tmp_path, keep=3), Event()
+    store.begin(5, lambda folder: Files(folder, "weights", held=held))
+    store.settle(wait=False)  # after a step of training
+    assert store.steps() == []
+    assert store.latest_whole() is None
+    Timer(0.2, held.set).start()
+    store.begin(10, lambda folder: Files(folder, "weights"))
+    assert store.steps() == [5]
+    store.settle()
+    assert store.steps() == [5, 10]
+    assert damage(store.path(10)) == []
 
 
-def full_on_one_rank(root: str) -> list[object]:
+@pytest.mark.usefixtures("alone")
+def test_a_writer_that_hangs_is_given_up_at_the_deadline(tmp_path: Path) -> None:
+    store, held = CheckpointStore(tmp_path, keep=3, deadline_s=0.1), Event()
+    store.begin(5, lambda folder: Files(folder, held=held))
+    with pytest.raises(CheckpointError, match=r"rank 0 .* step 5: not done after 0.1 s"):
+        store.settle()
+    held.set()
+
+
+def one_rank_fails(root: str) -> list[object]:
+    """Rank 1 meets a full disk at step 4, and a bug at step 5."""
     dist.init_process_group("gloo")
     store = CheckpointStore(Path(root), keep=2)
+    errors = {4: full(errno.EDQUOT), 5: RuntimeError("a bug")} if dist.get_rank() == 1 else {}
     for step in (1, 2, 3, 4):
-        with store.writing(step) as folder:
-            (folder / f"rank{dist.get_rank()}").write_text(f"{step}")
-            if step == 4 and dist.get_rank() == 1:
-                raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+        write(store, step, errors.get(step))
     found = [store.latest_whole(), store.steps(), sorted(path.name for path in store.path(3).iterdir())]
+    with pytest.raises(CheckpointError) as error:
+        write(store, 5, errors.get(5))
     dist.destroy_process_group()
-    return found
+    return [*found, str(error.value)]
 
 
 def test_ranks_agree_on_a_checkpoint_that_one_of_them_could_not_write(tmp_path: Path) -> None:
     root = tmp_path / "run"
-    found = run_ranks(full_on_one_rank, 2, tmp_path, str(root))
-    assert found == [[3, [2, 3], ["rank0", "rank1", SUMS]]] * 2
+    found = run_ranks(one_rank_fails, 2, tmp_path, str(root))
+    said = "rank 1 could not write the checkpoint of step 5: RuntimeError: a bug"
+    assert found == [[3, [2, 3], ["deep", "rank0", "rank1", SUMS], said]] * 2
 
 
 @pytest.mark.usefixtures("alone")

@@ -5,7 +5,6 @@ The gradients of the steps are given; those of a backward pass are compared with
 
 from __future__ import annotations
 
-from multiprocessing import current_process
 from pathlib import Path
 from typing import Any
 
@@ -102,10 +101,9 @@ def backward(policy: Any) -> None:
 def train(layouts: list[str], folders: dict[str, Path], states: Path) -> dict[str, Any]:
     """A backward pass; steps on given gradients; the last of them again, after loading what came before."""
     from hpt_mega.megatron.optimizer import set_learning_rate, zero_gradients
-    from hpt_mega.megatron.state import StateError, load_state, save_state
+    from hpt_mega.megatron.state import StateError, load_state
     from hpt_mega.megatron.step import update
 
-    current_process()._config["daemon"] = False  # type: ignore[attr-defined]  # saving starts processes
     found: dict[str, Any] = {}
 
     def step(policy: Any, number: int) -> float | None:
@@ -124,7 +122,7 @@ def train(layouts: list[str], folders: dict[str, Path], states: Path) -> dict[st
             norms = [step(policy, number) for number in range(STEPS - 1)]
             place = states / f"{layout}-{variant}"
             place.mkdir(exist_ok=True)
-            save_state(place, policy.model, policy.optimizer, {}, policy.layout, cfg)
+            policy.save(place)
             here["norms"] = [*norms, step(policy, STEPS - 1)]
             here["weights"] = policy.weights()
             load_state(place, policy.model, policy.optimizer, policy.layout, cfg)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from multiprocessing import current_process
 from pathlib import Path
 from typing import Any
 
@@ -279,12 +278,13 @@ def test_two_tensor_parallel_ranks_learn_as_one(
 
 def resumed(folder: Path, states: Path) -> dict[str, float]:
     """A checkpoint after two steps, two more; the same two after loading into a fresh learner."""
-    current_process()._config["daemon"] = False  # type: ignore[attr-defined]  # saving starts processes
     fp8 = Fp8Config("delayed", "hybrid", amax_history=5)
     learner = build(folder, config(fp8))
     for step in range(2):
         learner.learn(batch(step), step)
-    learner.save(states, {"step": 2})
+    writer = learner.begin_save(states, {"step": 2})
+    writer.write()
+    writer.complete()
     found = {"straight": two_more(learner)}
     leave()
     for case in ("loaded", "forgot"):

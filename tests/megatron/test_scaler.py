@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from multiprocessing import current_process
 from pathlib import Path
 from typing import Any
 
@@ -77,9 +76,8 @@ def step(policy: Any, number: int) -> dict[str, Any]:
 
 
 def run(layouts: list[str], folders: dict[str, Path], states: Path) -> dict[str, Any]:
-    from hpt_mega.megatron.state import load_state, save_state
+    from hpt_mega.megatron.state import load_state
 
-    current_process()._config["daemon"] = False  # type: ignore[attr-defined]  # saving starts processes
     found: dict[str, Any] = {}
     for layout in layouts:
         folder = folders["experts" if layout == "ep2" else "llama"]
@@ -89,7 +87,7 @@ def run(layouts: list[str], folders: dict[str, Path], states: Path) -> dict[str,
             if number == SAVED:
                 place = states / layout
                 place.mkdir(exist_ok=True)
-                save_state(place, policy.model, policy.optimizer, {}, policy.layout, policy.cfg)
+                policy.save(place)
             steps.append(step(policy, number))
         found[layout] = {"steps": steps, "weights": policy.weights()}
         leave_job()

@@ -6,7 +6,6 @@ The gradients are given, and not clipped: then a step is elementwise, and layout
 from __future__ import annotations
 
 import random
-from multiprocessing import current_process
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +34,7 @@ LAYOUTS = {
     "ep2sharded": ParallelConfig(1, 1, 2, ep=2, distributed_optimizer=True),
 }
 ANY = "any "  # saved as fully_reshardable, otherwise as dp_reshardable
+IN_BACKGROUND = "bf16 tied"  # saved with trainer.async_save, and written after the next step only
 ADAM = OptimizerConfig(lr=3e-3, weight_decay=0.1, clip_grad=0.0)
 MOVES = [  # saved in, loaded into
     ("tp1", "tp1"),
@@ -84,6 +84,7 @@ def policy_in(layout: str, variant: str, folders: Folders) -> Policy:
 
 def config_of(layout: str, variant: str) -> Config:
     cfg = config(LAYOUTS[layout], dtype=variant.split()[0], optimizer=ADAM)
+    cfg.trainer.async_save = variant == IN_BACKGROUND
     if layout.startswith(ANY):
         cfg.trainer.checkpoint_format = "fully_reshardable"
     return cfg
@@ -105,9 +106,8 @@ def draws() -> list[float]:
 
 def save(layouts: list[str], folders: Folders, states: Path) -> dict[str, Any]:
     """Two steps, save, one step more: the weights then, and the draws that follow the save."""
-    from hpt_mega.megatron.state import save_state
+    from hpt_mega.megatron.state import begin_save
 
-    current_process()._config["daemon"] = False  # type: ignore[attr-defined]  # saving starts processes
     found: dict[str, Any] = {}
     for variant, moves in VARIANTS.items():
         for layout in (name for name in layouts if any(name == source for source, _ in moves)):
@@ -121,10 +121,15 @@ def save(layouts: list[str], folders: Folders, states: Path) -> dict[str, Any]:
             target = states / f"{layout}-{variant}"
             target.mkdir(exist_ok=True)
             common = {"step": 2, "name": layout}
-            save_state(target, policy.model, policy.optimizer, common, policy.layout, policy.cfg)
+            writer = begin_save(target, policy.model, policy.optimizer, common, policy.layout, policy.cfg)
+            if variant != IN_BACKGROUND:
+                writer.write()
             saved = policy.weights()
             drawn = draws()
             step(policy, 2)
+            if variant == IN_BACKGROUND:
+                writer.write()
+            writer.complete()
             found[f"{layout}-{variant}"] = {"saved": saved, "draws": drawn, "next": policy.weights()}
             leave_job()
     return found

@@ -141,6 +141,14 @@ class Policy:
         trained = [(entry, parameter) for entry, parameter in self.entries() if parameter.requires_grad]
         return self._whole({entry.megatron: parameter.main_grad for entry, parameter in trained})
 
+    def save(self, folder: Path) -> None:
+        """Write the state that load_state reads."""
+        from hpt_mega.megatron.state import begin_save
+
+        writer = begin_save(folder, self.model, self.optimizer, {}, self.layout, self.cfg)
+        writer.write()
+        writer.complete()
+
     def set_gradients(self, seed: int) -> None:
         """A gradient that follows from seed and HF name alone, whatever the layout."""
         for entry, parameter in self.entries():

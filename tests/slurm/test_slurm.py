@@ -204,6 +204,31 @@ def test_the_jobs_last_nodes_serve_rollouts_and_the_others_train() -> None:
     assert "HPT_ROLLOUT_KEY" not in done.stdout
 
 
+def test_an_evaluation_runs_as_a_job_in_its_container(cluster: Cluster) -> None:
+    """The container runtime is a stand-in that notes how it was called, and runs what it was given."""
+    folder = cluster.folder
+    runtime = folder / "bin" / "apptainer"
+    runtime.parent.mkdir()
+    runtime.write_text(f'#!/bin/bash\nprintf "%s\\n" "$@" >>{folder}/called\nshift 5\nexec "$@"\n')
+    runtime.chmod(0o755)
+    (folder / "sums.json").write_text(
+        '[{"prompt": "1 + 1?", "answer": "2"}, {"prompt": "2 + 3?", "answer": "5"}]'
+    )
+    environment = {"PATH": f"{runtime.parent}:{os.environ['PATH']}", "APPTAINER": "/images/hpt.sif"}
+    cluster.environment |= environment | {"MOUNTS": "/data"}
+    words = [f"model={folder}/toy", f"benchmarks=[{folder}/sums.json]", "k=1", "max_new_tokens=4"]
+    job = cluster.submit("eval", *words, f"run_dir={folder}/eval", script="eval.sh")
+    for name in ("APPTAINER", "MOUNTS"):
+        del cluster.environment[name]
+    output = cluster.wait_for_end(job, "eval")
+    assert cluster.state(job) == "COMPLETED", output
+    assert (folder / "eval" / "results.json").is_file()
+    called = (folder / "called").read_text().splitlines()
+    assert called[:5] == ["exec", "--nv", "--bind", f"{ROOT},/data", "/images/hpt.sif"]
+    assert called[5:9] == [sys.executable, "-m", "hpt_mega.cli", "eval"]
+    assert called[9:] == [*words, f"run_dir={folder}/eval"]
+
+
 def test_the_70b_job_is_accepted_and_its_preflight_names_what_is_missing(cluster: Cluster) -> None:
     cluster.environment["PREFLIGHT"] = "1"
     run = cluster.folder / "hpt_70b"

@@ -1,0 +1,114 @@
+"""What a checkpoint costs the demo's training, written at once or meanwhile: bench/results/async_save.md.
+
+python bench/async_save.py [--rounds 5]   # one process; saves and steps turn by turn
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+os.environ.setdefault("MASTER_PORT", "29537")
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch
+from transformers import AutoTokenizer
+
+from hpt_mega.checkpoint.hf import HFCheckpoint
+from hpt_mega.checkpoint.store import CheckpointStore
+from hpt_mega.checkpoint.weights import load_hf
+from hpt_mega.config import compose
+from hpt_mega.data.questions import load_questions
+from hpt_mega.megatron import runtime
+from hpt_mega.megatron.learner import Learner
+from hpt_mega.megatron.model import DTYPES, build_model
+from hpt_mega.resharding.mapping import family_for
+from hpt_mega.scheduler.blend import demonstration
+from hpt_mega.trajectory import Trajectory
+from hpt_mega.worker import build_learner
+
+STEPS = 3  # after each save, in which it can end
+SEQUENCES = 6
+OUT = Path(__file__).parent / "results" / "async_save.md"
+SETTINGS = ("experiment=demo", "parallel=single", "algorithm=sft", "gate=demonstrations", "optimizer.lr=1e-7")
+
+
+def prepare() -> tuple[Learner, list[Trajectory]]:
+    cfg = compose(SETTINGS)
+    layout = runtime.initialize(cfg)
+    checkpoint = HFCheckpoint(Path(cfg.model.path))
+    family = family_for(checkpoint.config)
+    shape = family.read_shape(checkpoint.config)
+    model = build_model(shape, cfg.parallel, layout, DTYPES[cfg.precision.dtype])
+    load_hf(model, checkpoint, family, shape, layout)
+    questions = load_questions(cfg.data, AutoTokenizer.from_pretrained(cfg.model.path)).train[:SEQUENCES]
+    items = [demonstration(question, index, 0) for index, question in enumerate(questions)]
+    return build_learner(cfg, layout, model, shape), items
+
+
+def timed(
+    learner: Learner, items: list[Trajectory], store: CheckpointStore, mode: str, number: int
+) -> list[float]:
+    """Seconds until training goes on, of the first step then, and of all until the save is complete."""
+    learner.cfg.trainer.async_save = mode == "meanwhile"
+    begun = time.perf_counter()
+    if mode != "none":
+        store.begin(number, lambda folder: learner.begin_save(folder, {"step": number}))
+        if mode == "at once":
+            store.settle()
+    marks = [time.perf_counter()]
+    for _ in range(STEPS):
+        learner.learn(items, 0)
+        store.settle(wait=False)
+        marks.append(time.perf_counter())
+    store.settle()
+    return [marks[0] - begun, marks[1] - marks[0], time.perf_counter() - begun]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--rounds", type=int, default=5)
+    rounds: int = parser.parse_args().rounds
+    learner, items = prepare()
+    modes = ("none", "at once", "meanwhile")
+    seconds: dict[str, list[list[float]]] = {mode: [] for mode in modes}
+    with tempfile.TemporaryDirectory() as folder:
+        store = CheckpointStore(Path(folder), keep=1)
+        for number in range(rounds + 1):
+            for mode in modes:
+                found = timed(learner, items, store, mode, number)
+                if number:  # the first is warm-up
+                    seconds[mode].append(found)
+        (last,) = store.steps()
+        size = sum(path.stat().st_size for path in store.path(last).rglob("*"))
+    rows = {
+        mode: [statistics.median(column) for column in zip(*seconds[mode], strict=True)] for mode in modes
+    }
+    pauses = [b[0] / a[0] for a, b in zip(seconds["meanwhile"], seconds["at once"], strict=True)]
+    lines = [
+        "# Saving at once and meanwhile",
+        "",
+        f"`python bench/async_save.py --rounds {rounds}`: the demo model in one process, checkpoints of",
+        f"{size / 2**30:.2f} GiB, {STEPS} steps of {SEQUENCES} demonstrations after each; medians, turn by",
+        f"turn; torch {torch.__version__}, threads: {torch.get_num_threads()}.",
+        "",
+        f"| checkpoint | pause, s | next step, s | pause and {STEPS} steps, complete, s |",
+        "|---|---|---|---|",
+        *(f"| {mode} | {row[0]:.2f} | {row[1]:.2f} | {row[2]:.2f} |" for mode, row in rows.items()),
+        "",
+        f"The pause is {statistics.median(pauses):.1f} times shorter ({min(pauses):.1f} to {max(pauses):.1f}",
+        "in single rounds).",
+        "",
+    ]
+    OUT.write_text("\n".join(lines))
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
