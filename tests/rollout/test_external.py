@@ -136,8 +136,8 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path
     process = subprocess.Popen(
         [
             *(sys.executable, "-m", "hpt_mega.cli", "serve", *toy.settings(model), "rollout=vllm"),
-            *("precision=fp32", f"run_dir={folder / 'serve'}", "--port", str(port)),
-            f"rollout.server.start_deadline_s={START_S}",
+            *("precision=fp32", f"run_dir={folder / 'serve'}"),
+            *(f"rollout.server.start_deadline_s={START_S}", "--port", str(port)),
         ],
         env=os.environ | {KEY_VARIABLE: KEY, "OMP_NUM_THREADS": "1"},
     )
