@@ -34,7 +34,7 @@ from tests import toy
 from tests.ranks import run_ranks
 
 KEY = "a-secret-of-this-test"
-START_S = 280.0
+START_S, ANSWER_S = 280.0, 120.0
 PROMPT, RESPONSE = (3, 141, 59, 26, 53), (58, 97, 93, 23)
 BUCKET_BYTES = 1 << 20
 
@@ -83,7 +83,7 @@ def supervised() -> Iterator[tuple[Supervised, str]]:
 
 
 def external(url: str, key: str = KEY) -> ExternalServer:
-    return ExternalServer("0.0", url, key, 1, 60.0, 60.0)
+    return ExternalServer("0.0", url, key, 1, ANSWER_S, ANSWER_S, ANSWER_S)
 
 
 def test_a_server_that_another_trainer_had_is_ended_before_it_is_used(supervised: Any) -> None:
@@ -136,8 +136,8 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path
     process = subprocess.Popen(
         [
             *(sys.executable, "-m", "hpt_mega.cli", "serve", *toy.settings(model), "rollout=vllm"),
-            *("precision=fp32", f"run_dir={folder / 'serve'}", "--port", str(port)),
-            f"rollout.server.start_deadline_s={START_S}",
+            *("precision=fp32", f"run_dir={folder / 'serve'}"),
+            *(f"rollout.server.start_deadline_s={START_S}", "--port", str(port)),
         ],
         env=os.environ | {KEY_VARIABLE: KEY, "OMP_NUM_THREADS": "1"},
     )
@@ -203,7 +203,7 @@ def updates(url: str, model: Path) -> list[list[float]]:
         return None
 
     remote = start()
-    through_memory = VLLMClient("near", url, KEY, 60.0, 60.0, Path()) if remote else None
+    through_memory = VLLMClient("near", url, KEY, ANSWER_S, ANSWER_S, Path()) if remote else None
     bring(near, through_memory, 1.0)
     bring(far, remote, 0.5)
     bring(far, remote, 2.0)
@@ -212,7 +212,7 @@ def updates(url: str, model: Path) -> list[list[float]]:
     began = time.monotonic()
     with pytest.raises((EngineError, RuntimeError), match=r"engine 0\.0 at http|an engine did not take"):
         far.send([remote] if remote else [], 3)
-    assert time.monotonic() - began < 60.0
+    assert time.monotonic() - began < ANSWER_S
     bring(far, start(), 1.0)
     for sync in (near, far):
         sync.close()
