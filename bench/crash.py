@@ -9,9 +9,11 @@ What launchers and torchrun make of a kill is in tests/test_train.py. The cases 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import random
+import re
 import signal
 import sys
 import tempfile
@@ -176,6 +178,15 @@ def is_ours(process: psutil.Process) -> bool:
         return False
 
 
+def mapped() -> set[str]:
+    """What living processes hold of /dev/shm; other work on the machine may leave things there too."""
+    found = set()
+    for maps in Path("/proc").glob("[0-9]*/maps"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            found |= set(re.findall(r"/dev/shm/(\S+)", maps.read_text()))
+    return found
+
+
 def compare(case: Case, root: Path, model: Path) -> None:
     """A run never killed, of as many steps: are its metrics the same?"""
     done, whole = metrics(root / "killed"), root / "whole"
@@ -221,7 +232,7 @@ def main() -> None:
             if os.waitpid(pid, 0)[1]:
                 sys.exit(log.read_text()[-3000:])
             found.append(Case(**json.loads(result.read_text())))
-    left = [name for name in set(os.listdir("/dev/shm")) - shared if "torch" in name or "hpt" in name]
+    left = sorted(set(os.listdir("/dev/shm")) - shared - mapped())
     text = "\n".join(report(found, left))
     OUT.write_text(text)
     print(text)
