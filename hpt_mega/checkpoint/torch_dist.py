@@ -13,7 +13,7 @@ import pickle
 import zipfile
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -45,6 +45,8 @@ _FORMAT = {
 }
 # tensors of a training run's state that are no weights
 _NOT_WEIGHTS = ("optimizer.", "chained_", "critic.")
+# a layer with experts under megatron-core's own spec: its norm has the name of a dense layer's
+_NORM_OF_LOCAL_MIXTURE = ("pre_mlp_layernorm.", "mlp.linear_fc1.layer_norm_")
 
 
 @dataclass(frozen=True)
@@ -294,6 +296,7 @@ class TorchDistReader:
             for stacked in (True, False)
             for te in (True, False)
         ]
+        candidates += [replace(one, key=one.key.replace(*_NORM_OF_LOCAL_MIXTURE)) for one in candidates]
         for stored in candidates:
             if isinstance(self._metadata.state_dict_metadata.get(stored.key), TensorStorageMetadata):
                 return stored
