@@ -47,7 +47,7 @@ def configure_hf_to_megatron(parser: argparse.ArgumentParser) -> None:
         ("etp", "tensor-parallel ranks of an expert"),
     ):
         parser.add_argument(f"--{option}", type=_positive, default=1, metavar="N", help=meaning)
-    _add_checks(parser)
+    _add_common(parser)
     parser.set_defaults(run=_hf_to_megatron)
 
 
@@ -64,7 +64,7 @@ def configure_megatron_to_hf(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--hf", type=Path, metavar="DIR", help="config and tokenizer, for a checkpoint that brings none along"
     )
-    _add_checks(parser)
+    _add_common(parser)
     parser.set_defaults(run=_megatron_to_hf)
 
 
@@ -75,7 +75,14 @@ def run_tool(parser: argparse.ArgumentParser, arguments: Sequence[str] | None = 
     return code
 
 
-def _add_checks(parser: argparse.ArgumentParser) -> None:
+def _add_common(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--processes",
+        type=_positive,
+        default=1,
+        metavar="N",
+        help="that share the work; each needs memory for the largest parameter (default: 1)",
+    )
     parser.add_argument("--verify", action="store_true", help="read both sides anew and compare every tensor")
     parser.add_argument(
         "--check-logits",
@@ -99,7 +106,11 @@ def _hf_to_megatron(options: argparse.Namespace) -> int:
     def finished(folder: Path) -> None:
         _check(options, hf=options.hf, megatron=folder)
 
-    return _report(lambda progress: hf_to_megatron(options.hf, options.out, layout, progress, finished))
+    return _report(
+        lambda progress: hf_to_megatron(
+            options.hf, options.out, layout, progress, finished, options.processes
+        )
+    )
 
 
 def _megatron_to_hf(options: argparse.Namespace) -> int:
@@ -109,7 +120,9 @@ def _megatron_to_hf(options: argparse.Namespace) -> int:
         _check(options, hf=folder, megatron=options.megatron)
 
     return _report(
-        lambda progress: megatron_to_hf(options.megatron, options.out, options.hf, progress, finished)
+        lambda progress: megatron_to_hf(
+            options.megatron, options.out, options.hf, progress, finished, options.processes
+        )
     )
 
 

@@ -8,8 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -29,16 +28,12 @@ from hpt_mega.checkpoint.megatron_folder import (
     is_legacy,
     iteration_folder,
 )
-from hpt_mega.checkpoint.safetensors import DTYPE_CODES, Spec, raw_bytes
-from hpt_mega.checkpoint.torch_dist import (
-    Chunk,
-    TorchDistReader,
-    TorchDistWriter,
-    extra_states,
-    stored_as,
-)
+from hpt_mega.checkpoint.safetensors import DTYPE_CODES, Spec, checksum, raw_bytes
+from hpt_mega.checkpoint.scratch import Scratch
+from hpt_mega.checkpoint.torch_dist import TorchDistReader, TorchDistWriter, extra_states, planned_chunks
+from hpt_mega.checkpoint.workers import each_step
 from hpt_mega.resharding.mapping import Entry, MappingError, ModelShape, family_for
-from hpt_mega.resharding.mapping.fusion import Vocabulary, padded_vocab_size
+from hpt_mega.resharding.mapping.fusion import Vocabulary
 from hpt_mega.resharding.mapping.table import HF_EMBEDDING, HF_OUTPUT_LAYER, compare
 
 MANIFEST = "manifest.json"
@@ -67,10 +62,16 @@ class MegatronSource(Protocol):
 
 
 def hf_to_megatron(
-    hf: Path, out: Path, layout: TargetLayout, progress: Progress, finished: Finished = lambda folder: None
+    hf: Path,
+    out: Path,
+    layout: TargetLayout,
+    progress: Progress,
+    finished: Finished = lambda folder: None,
+    processes: int = 1,
 ) -> Summary:
     """Write a Hugging Face folder as a Megatron checkpoint, which reads at any layout; cut for `layout`.
 
+    Each of the `processes` holds one parameter at a time, and the files do not depend on their number.
     Raises MappingError where the folder's tensors are not those of its architecture, ValueError or OSError
     where a file is damaged, missing, or there is no room. `out` then does not appear.
     """
@@ -84,24 +85,32 @@ def hf_to_megatron(
     family.check_shapes(shape, lambda name: source.spec(name).shape)
     _check_second_copy(source, shape)
     entries = list(family.entries(shape))
+    dtypes = {entry.megatron: _common_dtype(source, entry) for entry in entries}
     total = sum(source.spec(name).nbytes for entry in entries for name in entry.hf)
     _need_room(out, total)
+    scratch = Scratch()
     with resumable_folder(out, _request(hf, layout)) as (folder, journal):
         resumed = len(journal.done)
-        chunks = [Chunk(**chunk) for record in journal.done.values() for chunk in record["chunks"]]
-        writer = TorchDistWriter(folder / RELEASE, chunks)
+        chunks = planned_chunks(entries, dtypes, shape, layout)
+        writer = TorchDistWriter(folder / RELEASE, [chunk for its in chunks.values() for chunk in its])
 
         def convert(entry: Entry) -> dict[str, Any]:
-            tensors = [source.tensor(name) for name in entry.hf]
-            written = _write_entry(writer, entry, tensors, shape, layout)
-            return {"chunks": [asdict(chunk) for chunk in written], "tensors": _describe(entry, tensors)}
+            whole = scratch.empty(layout.whole_shape(entry, shape), dtypes[entry.megatron])
+            tensors = entry.fusion.views(whole, shape)
+            for name, tensor in zip(entry.hf, tensors, strict=True):
+                source.read_into(name, tensor)
+            if isinstance(entry.fusion, Vocabulary):
+                whole[shape.vocab_size :] = 0
+            pieces = layout.cut(entry, whole, shape)
+            for chunk, (_, _, piece) in zip(chunks[entry.megatron], pieces, strict=True):
+                writer.write(chunk, piece)
+            return _describe(entry, tensors, shape)
 
-        _each(entries, journal, convert, lambda done: progress(done, total))
+        _each(entries, journal, convert, lambda done: progress(done, total), processes)
         records = [journal.done[entry.megatron] for entry in entries]
-        written = [Chunk(**chunk) for record in records for chunk in record["chunks"]]
         about = {"family": family.name, "layout": asdict(layout), "source": str(hf), "left_out": left_out}
         common = {"checkpoint_version": 3.0, "iteration": 0, "hpt_mega": about}
-        writer.finish(written, extra_states(entries, shape), common)
+        writer.finish(extra_states(entries, shape), common)
         (folder / TRACKER).write_text(RELEASE)
         _carry_along(source, folder / COMPANIONS)
         _write_manifest(folder, about, records)
@@ -115,6 +124,7 @@ def megatron_to_hf(
     companions: Path | None,
     progress: Progress,
     finished: Finished = lambda folder: None,
+    processes: int = 1,
 ) -> Summary:
     """Write a Megatron checkpoint as a Hugging Face folder, in the dtype it is stored in.
 
@@ -138,14 +148,14 @@ def megatron_to_hf(
         with HFWriter(folder, specs, weight_map=_weight_map(companions)) as writer:
 
             def convert(entry: Entry) -> dict[str, Any]:
-                tensors = entry.fusion.split(source.whole(entry, shape), shape)
-                described = _describe(entry, tensors)
+                tensors = entry.fusion.views(source.whole(entry, shape), shape)
+                described = _describe(entry, tensors, shape)
                 _compare_with_manifest(described, known, megatron)
                 for name, tensor in zip(entry.hf, tensors, strict=True):
                     writer.write(name, tensor)
-                return {"tensors": described}
+                return described
 
-            _each(entries, journal, convert, lambda done: progress(done, total))
+            _each(entries, journal, convert, lambda done: progress(done, total), processes)
             writer.finish()
         copy_companions(companions, folder, specs[HF_EMBEDDING].dtype)
         if (companions / INDEX).is_file() and (folder / INDEX).is_file():
@@ -194,62 +204,51 @@ def _each(
     journal: Journal,
     convert: Callable[[Entry], dict[str, Any]],
     done: Callable[[int], None],
+    processes: int,
 ) -> None:
-    for entry in entries:
-        if entry.megatron not in journal.done:
-            journal.add(entry.megatron, convert(entry))
-        done(sum(tensor["nbytes"] for tensor in journal.done[entry.megatron]["tensors"].values()))
+    """Convert what the journal does not say is done, and tell how many bytes are."""
+    by_name = {entry.megatron: entry for entry in entries}
+    for name in by_name.keys() & journal.done.keys():
+        done(_bytes_of(journal.done[name]))
+    missing = [name for name in by_name if name not in journal.done]
+    for name, record in each_step(missing, lambda name: convert(by_name[name]), processes):
+        journal.add(name, record)
+        done(_bytes_of(record))
 
 
-def _write_entry(
-    writer: TorchDistWriter, entry: Entry, tensors: list[Tensor], shape: ModelShape, layout: TargetLayout
-) -> Iterator[Chunk]:
-    if len({tensor.dtype for tensor in tensors}) > 1:
-        kinds = ", ".join(f"{name} {tensor.dtype}" for name, tensor in zip(entry.hf, tensors, strict=True))
+def _bytes_of(record: dict[str, Any]) -> int:
+    return sum(tensor["nbytes"] for tensor in record.values())
+
+
+def _common_dtype(source: HFCheckpoint, entry: Entry) -> torch.dtype:
+    dtypes = {name: source.spec(name).dtype for name in entry.hf}
+    if len(set(dtypes.values())) > 1:
+        kinds = ", ".join(f"{name} {dtype}" for name, dtype in dtypes.items())
         raise MappingError(f"tensors of one Megatron parameter have several dtypes: {kinds}")
-    blocks = entry.fusion.fused_blocks(tensors, shape)
-    stored = stored_as(entry, shape, stacked=shape.is_homogeneous)
-    ranks = layout.files(entry, shape)
-    total = list(blocks[0].shape)
-    if entry.fusion.dim is not None:
-        total[entry.fusion.dim] *= len(blocks)
-    if isinstance(entry.fusion, Vocabulary):
-        total[0] = padded_vocab_size(total[0], len(ranks))
-    for rank in range(len(ranks) if entry.fusion.dim is not None else 1):
-        for start, piece in entry.fusion.pieces(blocks, rank, len(ranks)):
-            at = [start if dim == entry.fusion.dim else 0 for dim in range(len(total))]
-            yield writer.append(ranks[rank], stored, total, at, piece)
+    return dtypes[entry.hf[0]]
 
 
 def _hf_specs(source: MegatronSource, entry: Entry, shape: ModelShape) -> dict[str, Spec]:
     spec = source.spec(entry, shape)
-    blank = torch.empty(spec.shape, dtype=spec.dtype, device="meta")
-    expected = [torch.empty(sizes, device="meta") for sizes in entry.hf_shapes(shape).values()]
-    padded = isinstance(entry.fusion, Vocabulary) and len(blank) > shape.vocab_size
-    if not padded and (whole := entry.fusion.fuse(expected, shape)).shape != blank.shape:
+    rows, *others = expected = entry.fusion.fused_shape(entry.hf_shapes(shape).values())
+    padded = isinstance(entry.fusion, Vocabulary) and spec.shape[0] > rows and [*spec.shape[1:]] == others
+    if not padded and expected != spec.shape:
         raise MappingError(
-            f"{entry.te} is {list(blank.shape)} in the checkpoint, expected {list(whole.shape)} by the config"
+            f"{entry.te} is {list(spec.shape)} in the checkpoint, expected {list(expected)} by the config"
         )
-    return {
-        name: Spec.of(tensor) for name, tensor in zip(entry.hf, entry.fusion.split(blank, shape), strict=True)
-    }
+    return {name: Spec(spec.dtype, sizes) for name, sizes in entry.hf_shapes(shape).items()}
 
 
-def _describe(entry: Entry, tensors: list[Tensor]) -> dict[str, Any]:
+def _describe(entry: Entry, tensors: list[Tensor], shape: ModelShape) -> dict[str, Any]:
     return {
         name: {
             "dtype": DTYPE_CODES[tensor.dtype],
-            "shape": list(tensor.shape),
+            "shape": list(sizes),
             "nbytes": tensor.nbytes,
-            "crc32": checksum(tensor),
+            "xxh3": checksum(tensor),
         }
-        for name, tensor in zip(entry.hf, tensors, strict=True)
+        for (name, sizes), tensor in zip(entry.hf_shapes(shape).items(), tensors, strict=True)
     }
-
-
-def checksum(tensor: Tensor) -> str:
-    """Against damage, not forgery: several times faster than disks, which a cryptographic one is not."""
-    return f"{zlib.crc32(raw_bytes(tensor)):08x}"
 
 
 def _same_bits(left: Tensor, right: Tensor) -> bool:
@@ -284,7 +283,7 @@ def _weight_map(companions: Path) -> dict[str, str] | None:
 
 
 def _write_manifest(folder: Path, about: dict[str, Any], records: list[dict[str, Any]]) -> None:
-    tensors = {name: tensor for record in records for name, tensor in record["tensors"].items()}
+    tensors = {name: tensor for record in records for name, tensor in record.items()}
     (folder / MANIFEST).write_text(json.dumps({**about, "tensors": tensors}, indent=1) + "\n")
 
 

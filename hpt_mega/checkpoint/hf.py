@@ -23,8 +23,8 @@ from hpt_mega.checkpoint.safetensors import (
     Spec,
     header_of,
     read_header,
-    read_tensor,
-    write_tensor,
+    read_into,
+    write_from,
 )
 from hpt_mega.checkpoint.scratch import Scratch
 
@@ -69,30 +69,46 @@ class HFCheckpoint:
         return Spec(self.dtype, spec.shape) if self._is_quantized(name) else spec
 
     def tensor(self, name: str) -> Tensor:
-        """One tensor, on the CPU, in the dtype it is stored in. Raises KeyError for an unknown name.
+        """One tensor, on the CPU, in the dtype it is stored in. Raises as read_into does."""
+        spec = self.spec(name)
+        target = self._scratch.empty(spec.shape, spec.dtype)
+        self.read_into(name, target)
+        return target
 
-        Raises ValueError for a dtype that is no weight's.
+    def read_into(self, name: str, target: Tensor) -> None:
+        """Read one tensor into memory of its dtype on the CPU; its rows may be in groups, as in Fusion.views.
+
+        Raises KeyError for an unknown name, ValueError for a dtype that is no weight's.
         """
-        stored = self._read(name)
+        spec = self.spec(name)
+        assert spec.fits(target)
         if self._is_quantized(name):
             quantization = self.config.get("quantization_config") or {}
             block = tuple(quantization.get("weight_block_size") or _FP8_BLOCK)
-            return dequantize(stored, self._read(name + SCALE_SUFFIX), block, self.dtype)
-        if stored.dtype not in (self.dtype, torch.float32):
+            whole = dequantize(self._stored(name), self._stored(name + SCALE_SUFFIX), block, self.dtype)
+            target.copy_(whole.view(target.shape))
+            return
+        if spec.dtype not in (self.dtype, torch.float32):
             raise ValueError(
-                f"{name} is stored as {stored.dtype} and config.json says {self.dtype}; expected that or "
+                f"{name} is stored as {spec.dtype} and config.json says {self.dtype}; expected that or "
                 "torch.float32. Correct the config's dtype, or copy the file again"
             )
-        return stored
+        self._fill(name, target)
 
-    def _read(self, name: str) -> Tensor:
+    def _stored(self, name: str) -> Tensor:
+        spec = self._slots[name][1].spec
+        target = self._scratch.empty(spec.shape, spec.dtype)
+        self._fill(name, target)
+        return target
+
+    def _fill(self, name: str, target: Tensor) -> None:
         path, slot = self._slots[name]
         if self._open is None or self._open[0] != path:
             if self._open:
                 self._open[1].close()
             self._open = (path, path.open("rb", buffering=0))
         assert self._open is not None
-        return read_tensor(self._open[1], slot, self._scratch)
+        read_into(self._open[1], target, slot.offset)
 
     def _is_quantized(self, name: str) -> bool:
         return self._slots[name][1].spec.dtype is torch.float8_e4m3fn and name + SCALE_SUFFIX in self._slots
@@ -168,11 +184,12 @@ class HFWriter:
             file.close()
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Raises ValueError for another dtype or shape than planned."""
+        """Its rows may be in groups, as in Fusion.views. Raises ValueError for another dtype or shape than
+        planned."""
         slot = self._slots[name]
-        if Spec.of(tensor) != slot.spec:
+        if not slot.spec.fits(tensor):
             raise ValueError(f"{name} is {Spec.of(tensor)}, expected {slot.spec}")
-        write_tensor(self._files[self._weight_map[name]], tensor, slot.offset)
+        write_from(self._files[self._weight_map[name]], tensor, slot.offset)
 
     def finish(self) -> None:
         """Add the index, where there are several files; to be called once, by one writer."""

@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
+from hpt_mega.checkpoint.workers import LostWorkerError
+
 _FILE = ".journal.jsonl"
 
 
@@ -34,8 +36,9 @@ class Journal:
 def resumable_folder(out: Path, request: Any) -> Iterator[tuple[Path, Journal]]:
     """The folder to fill beside `out`, and the journal of an earlier attempt at the same request.
 
-    The folder takes the name `out` once the block ends. An error takes it away; a kill leaves it for the
-    next attempt. Raises FileExistsError where `out` is there already, or where another process fills it.
+    The folder takes the name `out` once the block ends. An error takes it away; a kill, of a worker too,
+    leaves it for the next attempt. Raises FileExistsError where `out` is there already, or where another
+    process fills it.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"{out} is there already; remove it or choose another --out")
@@ -50,6 +53,8 @@ def resumable_folder(out: Path, request: Any) -> Iterator[tuple[Path, Journal]]:
         try:
             yield aside, journal
             _become(aside, out)
+        except LostWorkerError:
+            raise
         except Exception:
             shutil.rmtree(aside, ignore_errors=True)
             raise

@@ -5,9 +5,13 @@ The format itself reads back at any layout; a job at the layout it was cut for r
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from hpt_mega.resharding.mapping import Entry, ModelShape
+from hpt_mega.resharding.mapping.fusion import Vocabulary, padded_vocab_size
 from hpt_mega.resharding.mapping.table import EMBEDDING
 
 
@@ -57,6 +61,26 @@ class TargetLayout:
             return list(range(first, first + self.tp))
         first += entry.expert * self.ep // shape.experts.count * self.etp
         return list(range(first, first + self.etp))
+
+    def whole_shape(self, entry: Entry, shape: ModelShape) -> tuple[int, ...]:
+        """The shape of a whole parameter, the vocabulary padded until it has equal parts."""
+        rows, *others = entry.fusion.fused_shape(entry.hf_shapes(shape).values())
+        if isinstance(entry.fusion, Vocabulary):
+            rows = padded_vocab_size(rows, len(self.files(entry, shape)))
+        return (rows, *others)
+
+    def cut(
+        self, entry: Entry, whole: Tensor, shape: ModelShape
+    ) -> Iterator[tuple[int, tuple[int, ...], Tensor]]:
+        """The pieces of a whole parameter, as views: the rank that holds each, and where it begins."""
+        dim, ranks = entry.fusion.dim, self.files(entry, shape)
+        if dim is None:
+            yield ranks[0], (0,) * whole.dim(), whole
+            return
+        blocks = whole.chunk(entry.fusion.blocks, dim)
+        for number, rank in enumerate(ranks):
+            for start, piece in entry.fusion.pieces(blocks, number, len(ranks)):
+                yield rank, tuple(start if d == dim else 0 for d in range(whole.dim())), piece
 
     def _stage(self, entry: Entry, shape: ModelShape) -> int:
         if entry.layer is None:

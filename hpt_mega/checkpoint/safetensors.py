@@ -16,9 +16,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+import xxhash
 from torch import Tensor
-
-from hpt_mega.checkpoint.scratch import Scratch
 
 # in the order the package sorts a file's tensors by, last first
 DTYPE_CODES = {
@@ -36,7 +35,7 @@ DTYPE_CODES = {
 }
 _DTYPES = {code: dtype for dtype, code in DTYPE_CODES.items()}
 _RANK = {dtype: rank for rank, dtype in enumerate(DTYPE_CODES)}
-_ROWS_BYTES = 2**20  # fits a processor's cache
+_ROWS_BYTES = 2**18  # fits a core's cache
 _LONGEST_HEADER = 100 * 2**20
 
 
@@ -54,6 +53,12 @@ class Spec:
     @classmethod
     def of(cls, tensor: Tensor) -> Spec:
         return cls(tensor.dtype, tuple(tensor.shape))
+
+    def fits(self, tensor: Tensor) -> bool:
+        """Does the tensor hold this, whether or not its rows are in groups along a dimension before them?"""
+        groups = 1 + tensor.dim() - len(self.shape)
+        sizes = (math.prod(tensor.shape[:groups]), *tensor.shape[groups:]) if self.shape else tensor.shape
+        return groups > 0 and (tensor.dtype, tuple(sizes)) == (self.dtype, self.shape)
 
 
 @dataclass(frozen=True)
@@ -103,34 +108,42 @@ def _slot(path: Path, name: str, entry: Mapping[str, Any], data_begin: int) -> S
     return Slot(spec, data_begin + begin)
 
 
-def read_tensor(file: BinaryIO, slot: Slot, scratch: Scratch) -> Tensor:
-    """One tensor, in `scratch`. Raises ValueError where the file ends before it."""
-    tensor = scratch.empty(slot.spec.shape, slot.spec.dtype)
-    read_into(file, tensor, slot.offset)
-    return tensor
-
-
 def read_into(file: BinaryIO | FileIO, target: Tensor, offset: int) -> None:
-    """Fill a tensor that lies in row order."""
-    assert target.is_contiguous()
-    view = raw_bytes(target)
-    while view:  # a single call moves at most 2 GiB
-        count = os.preadv(file.fileno(), [view], offset)
-        if count == 0:
-            raise ValueError(f"{file.name} ends {len(view)} bytes before the tensor does")
-        view, offset = view[count:], offset + count
+    """Fill a tensor, or a strided view of one, in row order.
 
-
-def write_tensor(file: BinaryIO, tensor: Tensor, offset: int) -> None:
-    begin = offset
-    for view in row_bytes(tensor):
-        while view:
-            count = os.pwritev(file.fileno(), [view], offset)
+    Raises ValueError where the file ends before it.
+    """
+    for part in _row_order(target):
+        row_order = part if part.is_contiguous() else torch.empty(part.shape, dtype=part.dtype)
+        view = raw_bytes(row_order)
+        while view:  # a single call moves at most 2 GiB
+            count = os.preadv(file.fileno(), [view], offset)
+            if count == 0:
+                raise ValueError(f"{file.name} ends {len(view)} bytes before the tensor does")
             view, offset = view[count:], offset + count
+        if row_order is not part:
+            part.copy_(row_order)
+
+
+def write_from(file: BinaryIO | FileIO, tensor: Tensor, offset: int) -> int:
+    """Write a tensor, or a strided view of one, in row order; returns the offset behind it."""
+    begin = offset
+    for part in _row_order(tensor):
+        offset = write_bytes(file, raw_bytes(part), offset)
     start_writeback(file, begin, offset - begin)
+    return offset
 
 
-def start_writeback(file: BinaryIO, offset: int, length: int) -> None:
+def write_bytes(file: BinaryIO | FileIO, data: bytes | memoryview, offset: int) -> int:
+    """Write all of them; returns the offset behind."""
+    view = memoryview(data)
+    while view:
+        count = os.pwrite(file.fileno(), view, offset)
+        view, offset = view[count:], offset + count
+    return offset
+
+
+def start_writeback(file: BinaryIO | FileIO, offset: int, length: int) -> None:
     """Let the disk begin with what was just written, so that the fsync in the end finds little left.
 
     The advice's own meaning, to forget these pages, comes to nothing: they are still dirty.
@@ -139,14 +152,23 @@ def start_writeback(file: BinaryIO, offset: int, length: int) -> None:
         os.posix_fadvise(file.fileno(), offset, length, os.POSIX_FADV_DONTNEED)
 
 
-def row_bytes(tensor: Tensor) -> Iterator[memoryview]:
-    """The tensor's bytes in row order: at once where it lies so, else copied a few rows at a time."""
-    if tensor.is_contiguous() or tensor.ndim < 2:
-        yield raw_bytes(tensor)
-        return
-    rows = max(1, _ROWS_BYTES * len(tensor) // max(tensor.nbytes, 1))
-    for part in tensor.split(rows):
-        yield raw_bytes(part)
+def checksum(tensor: Tensor) -> str:
+    """The xxh3 of the bytes in row order. Against damage, not forgery; it runs at the speed of memory."""
+    digest = xxhash.xxh3_64()
+    for part in _row_order(tensor):
+        digest.update(raw_bytes(part))
+    return digest.hexdigest()
+
+
+def _row_order(tensor: Tensor) -> Iterator[Tensor]:
+    """The tensor as parts in row order: what lies so in memory at once, of the rest a few rows at a time."""
+    if tensor.is_contiguous() or tensor.dim() < 2:
+        yield tensor
+    elif tensor[0].nbytes > _ROWS_BYTES:
+        for part in tensor:
+            yield from _row_order(part)
+    else:
+        yield from tensor.split(max(1, _ROWS_BYTES * len(tensor) // max(tensor.nbytes, 1)))
 
 
 def raw_bytes(tensor: Tensor) -> memoryview:

@@ -19,8 +19,8 @@ _ALIGNMENT = 64
 class Scratch:
     """One piece of memory, handed out from its beginning again once no tensor in it lives.
 
-    It becomes as large as the largest set of tensors that lived at once; until then, those for which it has
-    no room have memory of their own. Not for several threads.
+    It becomes as large as the largest set of tensors that lived at once; until then, those that come second
+    and for which it has no room have memory of their own. Not for several threads.
     """
 
     def __init__(self) -> None:
@@ -29,11 +29,11 @@ class Scratch:
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """As torch.empty; the tensor and its views keep their place as long as one of them lives."""
-        if not self._alive:
-            if self._wanted > len(self._memory):
-                self._memory = _map(self._wanted)
-            self._wanted = 0
         nbytes = math.prod(shape) * dtype.itemsize
+        if not self._alive:
+            if (wanted := max(self._wanted, nbytes)) > len(self._memory):
+                self._memory = _map(wanted)
+            self._wanted = 0
         begin, self._wanted = self._wanted, self._wanted + -(-nbytes // _ALIGNMENT) * _ALIGNMENT
         if not nbytes or begin + nbytes > len(self._memory):
             return torch.empty(shape, dtype=dtype)

@@ -12,8 +12,9 @@ import os
 import pickle
 import zipfile
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -29,8 +30,9 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from hpt_mega.checkpoint.layout import TargetLayout
 from hpt_mega.checkpoint.megatron_folder import TORCH_DIST
-from hpt_mega.checkpoint.safetensors import Spec, read_into, row_bytes, start_writeback
+from hpt_mega.checkpoint.safetensors import Spec, read_into, write_bytes, write_from
 from hpt_mega.checkpoint.scratch import Scratch
 from hpt_mega.resharding.mapping import Entry, MappingError, ModelShape
 
@@ -43,6 +45,8 @@ _FORMAT = {
 }
 # tensors of a training run's state that are no weights
 _NOT_WEIGHTS = ("optimizer.", "chained_", "critic.")
+# a layer with experts under megatron-core's own spec: its norm has the name of a dense layer's
+_NORM_OF_LOCAL_MIXTURE = ("pre_mlp_layernorm.", "mlp.linear_fc1.layer_norm_")
 
 
 @dataclass(frozen=True)
@@ -91,46 +95,71 @@ class Chunk:
     length: int
 
 
-class TorchDistWriter:
-    """Appends tensors to the files of a checkpoint, and describes all of them at the end.
+def planned_chunks(
+    entries: Iterable[Entry], dtypes: Mapping[str, torch.dtype], shape: ModelShape, layout: TargetLayout
+) -> dict[str, list[Chunk]]:
+    """Where each parameter's pieces go, in the order of TargetLayout.cut; files are filled in entries' order.
 
-    `chunks` are those of an interrupted run; what its files hold beyond them is cut off.
+    `dtypes` gives the dtype of each parameter, by its name under the local spec.
+    """
+    ends: dict[str, int] = defaultdict(int)
+    planned: dict[str, list[Chunk]] = {}
+    for entry in entries:
+        stored = stored_as(entry, shape, stacked=shape.is_homogeneous)
+        dtype = dtypes[entry.megatron]
+        blank = torch.empty(layout.whole_shape(entry, shape), dtype=dtype, device="meta")
+        planned[entry.megatron] = []
+        for rank, at, piece in layout.cut(entry, blank, shape):
+            file = f"__{rank}_0.distcp"
+            sizes = (*(1 for _ in stored.at), *piece.shape)
+            length = sum(map(len, _frame(sizes, dtype))) + piece.nbytes
+            planned[entry.megatron].append(
+                Chunk(
+                    key=stored.key,
+                    total=(*stored.counts, *blank.shape),
+                    dtype=str(dtype).removeprefix("torch."),
+                    at=(*stored.at, *at),
+                    sizes=sizes,
+                    file=file,
+                    offset=ends[file],
+                    length=length,
+                )
+            )
+            ends[file] += length
+    return planned
+
+
+class TorchDistWriter:
+    """Fills the files of a checkpoint, whose chunks are known beforehand, in any order.
+
+    Several writers, one after another or in several processes, may fill the same folder.
     """
 
-    def __init__(self, folder: Path, chunks: Iterable[Chunk] = ()) -> None:
+    def __init__(self, folder: Path, chunks: Sequence[Chunk]) -> None:
         self._folder = folder
-        self._files: dict[str, BinaryIO] = {}
+        self._chunks = chunks
         folder.mkdir(exist_ok=True)
-        ends: dict[str, int] = defaultdict(int)
-        for chunk in chunks:
-            ends[chunk.file] = max(ends[chunk.file], chunk.offset + chunk.length)
-        for path in folder.glob("*.distcp"):
-            os.truncate(path, ends[path.name])
+        self._files = {
+            name: (folder / name).open("r+b" if (folder / name).exists() else "w+b", buffering=0)
+            for name in dict.fromkeys(chunk.file for chunk in chunks)
+        }
 
-    def append(
-        self, rank: int, stored: Stored, total: Sequence[int], at: Sequence[int], piece: Tensor
-    ) -> Chunk:
-        """Write one piece, beginning at `at`, of a parameter of shape `total` into a rank's file."""
-        sizes = (*(1 for _ in stored.at), *piece.shape)
-        file = self._file(f"__{rank}_0.distcp")
-        offset = file.tell()
-        _save(piece, sizes, file)
-        return Chunk(
-            key=stored.key,
-            total=(*stored.counts, *total),
-            dtype=str(piece.dtype).removeprefix("torch."),
-            at=(*stored.at, *at),
-            sizes=sizes,
-            file=Path(file.name).name,
-            offset=offset,
-            length=file.tell() - offset,
-        )
+    def write(self, chunk: Chunk, piece: Tensor) -> None:
+        """Write one piece, as torch.save would, but without the archive's checksum, which torch.load does not
+        read."""
+        file = self._files[chunk.file]
+        head, tail = _frame(chunk.sizes, piece.dtype)
+        end = write_from(file, piece, write_bytes(file, head, chunk.offset))
+        assert write_bytes(file, tail, end) == chunk.offset + chunk.length
 
-    def finish(self, chunks: Sequence[Chunk], objects: Iterable[str], common: dict[str, Any]) -> None:
-        """Write everything that is not weights: the objects (all None), the description, `common`."""
+    def finish(self, objects: Iterable[str], common: dict[str, Any]) -> None:
+        """Write everything that is not weights: the objects (all None), the description, `common`.
+
+        To be called once, by one writer, when all chunks are written.
+        """
         tensors: dict[str, Any] = {}
         storage: dict[MetadataIndex, _StorageInfo] = {}
-        for chunk in chunks:
+        for chunk in self._chunks:
             properties = TensorProperties(dtype=getattr(torch, chunk.dtype))
             about = tensors.setdefault(
                 chunk.key, TensorStorageMetadata(properties, torch.Size(chunk.total), [])
@@ -147,7 +176,6 @@ class TorchDistWriter:
             tensors[name] = BytesStorageMetadata()
             storage[MetadataIndex(name)] = info
         for file in self._files.values():
-            file.flush()
             os.fsync(file.fileno())
             file.close()
         torch.save(common, self._folder / "common.pt")
@@ -158,53 +186,39 @@ class TorchDistWriter:
     def _write_objects(self, names: Iterable[str]) -> Iterator[tuple[str, _StorageInfo]]:
         nothing = io.BytesIO()
         torch.save([None], nothing)
-        file = self._file("__0_1.distcp")
-        info = _StorageInfo("__0_1.distcp", file.tell(), len(nothing.getvalue()))
-        file.write(nothing.getvalue())
+        info = _StorageInfo("__0_1.distcp", 0, len(nothing.getvalue()))
+        (self._folder / info.relative_path).write_bytes(nothing.getvalue())
         for name in names:
             yield name, info
 
-    def _file(self, name: str) -> BinaryIO:
-        if name not in self._files:
-            self._files[name] = (self._folder / name).open("ab")
-        return self._files[name]
 
+class _Gap:
+    """A file for torch.save without data: keeps what comes before the data's place and after it."""
 
-class _DataAtSeek:
-    """A file for torch.save without data: it seeks over the data's place, which is filled in then."""
-
-    def __init__(self, file: BinaryIO, tensor: Tensor) -> None:
-        self._file, self._tensor = file, tensor
-        self.error: OSError | None = None  # torch.save swallows it, and speaks of positions instead
+    def __init__(self, nbytes: int) -> None:
+        self._nbytes = nbytes
+        self.parts = [bytearray()]
 
     def write(self, data: bytes | memoryview) -> int:
-        try:
-            return self._file.write(data)
-        except OSError as error:
-            self.error = error
-            raise
+        self.parts[-1] += data
+        return len(data)
 
     def seek(self, offset: int, whence: int) -> None:
-        assert (offset, whence) == (self._tensor.nbytes, os.SEEK_CUR), "torch.save moves in another way"
-        for rows in row_bytes(self._tensor):
-            self.write(rows)
+        assert (offset, whence) == (self._nbytes, os.SEEK_CUR), "torch.save moves in another way"
+        self.parts.append(bytearray())
 
     def flush(self) -> None: ...
 
 
-def _save(piece: Tensor, sizes: tuple[int, ...], file: BinaryIO) -> None:
-    """torch.save without its copies and without the archive's checksum, which torch.load does not read."""
-    begin, blank = file.tell(), torch.empty(sizes, dtype=piece.dtype)  # none of its pages is ever touched
-    target = _DataAtSeek(file, piece)
-    try:
-        with torch.serialization.skip_data():
-            torch.save(blank, target)  # type: ignore[arg-type]
-    except RuntimeError:
-        if target.error is not None:
-            raise target.error from None
-        raise
-    file.flush()  # in the kernel's hands before a journal says so: a kill loses nothing
-    start_writeback(file, begin, file.tell() - begin)
+@lru_cache(maxsize=4096)  # a mixture's experts are all alike
+def _frame(sizes: tuple[int, ...], dtype: torch.dtype) -> tuple[bytes, bytes]:
+    """What torch.save puts before a tensor's bytes and after them."""
+    blank = torch.empty(sizes, dtype=dtype)  # none of its pages is ever touched
+    gap = _Gap(blank.nbytes)
+    with torch.serialization.skip_data():
+        torch.save(blank, gap)  # type: ignore[arg-type]
+    head, tail = gap.parts
+    return bytes(head), bytes(tail)
 
 
 def extra_states(entries: Iterable[Entry], shape: ModelShape) -> Iterator[str]:
@@ -282,6 +296,7 @@ class TorchDistReader:
             for stacked in (True, False)
             for te in (True, False)
         ]
+        candidates += [replace(one, key=one.key.replace(*_NORM_OF_LOCAL_MIXTURE)) for one in candidates]
         for stored in candidates:
             if isinstance(self._metadata.state_dict_metadata.get(stored.key), TensorStorageMetadata):
                 return stored
@@ -315,7 +330,7 @@ class TorchDistReader:
                 raise ValueError(f"{path} is damaged where {key} should be: {error}") from None
             storage = torch.empty(0, dtype=torch.uint8).set_(blank.untyped_storage())
             alike = blank.dtype is target.dtype and blank.nbytes == len(storage) == target.nbytes
-            if alike and blank.is_contiguous() and target.is_contiguous():
+            if alike and blank.is_contiguous():
                 read_into(file, target, info.offset + begin)
             else:
                 read_into(file, storage, info.offset + begin)

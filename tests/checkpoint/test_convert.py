@@ -5,13 +5,13 @@ from __future__ import annotations
 import errno
 import filecmp
 import json
+import multiprocessing
 import os
 import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import BinaryIO
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from hpt_mega.checkpoint.convert import hf_to_megatron, megatron_to_hf, verify
 from hpt_mega.checkpoint.layout import TargetLayout
-from hpt_mega.checkpoint.torch_dist import TorchDistWriter
+from hpt_mega.checkpoint.workers import LostWorkerError, WorkerError
 from hpt_mega.resharding.mapping import MappingError
 from tests.checkpoint.families import MIXTURES, MODELS, save_model
 
@@ -250,6 +250,46 @@ def test_killed_at_any_parameter_nothing_half_done_is_seen_and_the_next_run_goes
     assert_same_folders(damage.hf, tmp_path / "back")
 
 
+def test_several_processes_write_the_bits_of_one(models: Path, tmp_path: Path) -> None:
+    layout = TargetLayout(tp=2, pp=2, ep=2, etp=2)
+    for processes in (1, 3):
+        out = tmp_path / str(processes)
+        out.mkdir()
+        hf_to_megatron(models / "qwen3_moe", out / "megatron", layout, silent, processes=processes)
+        megatron_to_hf(out / "megatron", out / "hf", None, silent, processes=processes)
+    for folder in ("megatron/release", "megatron/hf", "hf"):
+        assert_same_folders(tmp_path / "1" / folder, tmp_path / "3" / folder)
+    one, several = (json.loads((tmp_path / n / "megatron/manifest.json").read_text()) for n in "13")
+    assert one == several
+
+
+def test_a_worker_that_fails_is_named_with_its_step_and_nothing_is_left(damage: Damage) -> None:
+    tensors = damage.weights()
+    damage.rewrite({**tensors, "model.norm.weight": tensors["model.norm.weight"].half()})
+    with pytest.raises(
+        WorkerError, match=r"worker \d of 2 failed at decoder.final_layernorm.weight: model.norm"
+    ):
+        hf_to_megatron(damage.hf, damage.out, TargetLayout(), silent, processes=2)
+    assert list(damage.out.parent.iterdir()) == []
+
+
+def test_a_killed_worker_ends_the_conversion_and_the_next_run_goes_on(damage: Damage) -> None:
+    done = []
+
+    def kill_one(bytes_done: int, total: int) -> None:
+        done.append(bytes_done)
+        if len(done) == 5:
+            os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+
+    with pytest.raises(LostWorkerError, match=r"worker \d of 2 died at .* \(exit code -9"):
+        hf_to_megatron(damage.hf, damage.out, TargetLayout(tp=2), kill_one, processes=2)
+    assert not damage.out.exists()
+    assert not multiprocessing.active_children()
+    again = hf_to_megatron(damage.hf, damage.out, TargetLayout(tp=2), silent, processes=2)
+    assert 5 <= again.resumed < again.parameters
+    verify(damage.hf, damage.out)
+
+
 def test_what_another_request_left_is_not_gone_on_with(damage: Damage) -> None:
     def kill(done: int, total: int) -> None:
         raise Killed
@@ -265,6 +305,7 @@ import os, signal, sys
 from pathlib import Path
 from hpt_mega.checkpoint.convert import hf_to_megatron
 from hpt_mega.checkpoint.layout import TargetLayout
+from hpt_mega.checkpoint.workers import LostWorkerError, WorkerError
 
 def kill(done, total):
     os.kill(os.getpid(), signal.SIGKILL)
@@ -284,33 +325,20 @@ def test_a_real_kill_in_the_middle_leaves_no_output(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "manifest.json").is_file()
 
 
-class FullDisk:
-    """A file system without room for more than some bytes."""
-
-    def __init__(self, file: BinaryIO, room: int) -> None:
-        self._file, self._room = file, room
-
-    def write(self, data: bytes) -> int:
-        self._room -= len(data)
-        if self._room < 0:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return self._file.write(data)
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(self._file, name)
-
-
 @pytest.mark.parametrize("room", [100, 30_000])
 def test_a_disk_that_fills_up_is_named_and_nothing_is_left(
     room: int, damage: Damage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = TorchDistWriter._file
-    disks: dict[str, FullDisk] = {}
+    whole, left = os.pwrite, room
 
-    def on_full_disk(self: TorchDistWriter, name: str) -> FullDisk:
-        return disks.setdefault(name, FullDisk(whole(self, name), room))
+    def on_full_disk(file: int, data: memoryview, offset: int) -> int:
+        nonlocal left
+        left -= len(data)
+        if left < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return whole(file, data, offset)
 
-    monkeypatch.setattr(TorchDistWriter, "_file", on_full_disk)
+    monkeypatch.setattr(os, "pwrite", on_full_disk)
     damage.must_fail("No space left on device")
 
 

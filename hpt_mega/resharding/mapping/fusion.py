@@ -5,7 +5,7 @@ Pure tensor arithmetic, bit-exact both ways: split(fuse(x)) is x, and so is merg
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -43,9 +43,22 @@ class Fusion:
         """The whole Megatron parameter as its blocks, which are no copies where they are the tensors."""
         return [tensors[0]]
 
+    def fused_shape(self, shapes: Iterable[Sequence[int]]) -> tuple[int, ...]:
+        """The shape of fuse(), from those of the Hugging Face tensors, which dimension 0 puts together."""
+        first, *others = shapes
+        return (first[0] + sum(other[0] for other in others), *first[1:])
+
+    def views(self, whole: Tensor, shape: ModelShape) -> list[Tensor]:
+        """The Hugging Face tensors as views of the whole Megatron parameter.
+
+        Read in row order each is its tensor; where others lie between its rows it has them in groups, along
+        a dimension put before its own.
+        """
+        return [whole]
+
     def split(self, whole: Tensor, shape: ModelShape) -> list[Tensor]:
         """The Hugging Face tensors, from the whole Megatron parameter."""
-        return [whole]
+        return self.views(whole, shape)
 
     def shard(self, tensors: Sequence[Tensor], shape: ModelShape, rank: int, size: int) -> Tensor:
         """The part of tensor-parallel rank `rank` of `size`, from whole Hugging Face tensors."""
@@ -128,7 +141,7 @@ class Vocabulary(Fusion):
 
     dim = 0
 
-    def split(self, whole: Tensor, shape: ModelShape) -> list[Tensor]:
+    def views(self, whole: Tensor, shape: ModelShape) -> list[Tensor]:
         return [whole[: shape.vocab_size]]
 
     def contribution(self, part: Tensor, shape: ModelShape, rank: int, size: int) -> list[Piece]:
@@ -153,10 +166,12 @@ class QueryKeyValue(Fusion):
         by_group = [tensor.unflatten(0, (shape.num_query_groups, -1)) for tensor in tensors]
         return [torch.cat(by_group, dim=1).flatten(0, 1)]
 
-    def split(self, whole: Tensor, shape: ModelShape) -> list[Tensor]:
+    def views(self, whole: Tensor, shape: ModelShape) -> list[Tensor]:
         sizes = self._sizes(shape)
-        by_group = whole.unflatten(0, (-1, sum(sizes)))
-        return [part.flatten(0, 1) for part in by_group.split(sizes, dim=1)]
+        return list(whole.unflatten(0, (-1, sum(sizes))).split(sizes, dim=1))
+
+    def split(self, whole: Tensor, shape: ModelShape) -> list[Tensor]:
+        return [view.flatten(0, 1) for view in self.views(whole, shape)]
 
     def contribution(self, part: Tensor, shape: ModelShape, rank: int, size: int) -> list[Piece]:
         """A piece a group: together, a tensor's rows are no view of the part."""
@@ -184,7 +199,7 @@ class GateUp(Fusion):
     def fused_blocks(self, tensors: Sequence[Tensor], shape: ModelShape) -> list[Tensor]:
         return list(tensors)
 
-    def split(self, whole: Tensor, shape: ModelShape) -> list[Tensor]:
+    def views(self, whole: Tensor, shape: ModelShape) -> list[Tensor]:
         return list(whole.chunk(2))
 
 
