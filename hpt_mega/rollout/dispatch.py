@@ -167,6 +167,7 @@ class Fleet:
         with self._changed:
             self._state.rest()
             while any(self._state.state(name) is State.STARTING for name in self._engines):
+                self._check_hope()
                 self._wait()
             awake = [name for name in self._engines if self._state.state(name) is State.STALE]
         with ThreadPoolExecutor(len(self._engines), thread_name_prefix="sleep") as pool:

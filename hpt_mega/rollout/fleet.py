@@ -172,7 +172,7 @@ class FleetState:
             if engine.state is not State.DEAD:
                 times += [engine.must_end_by]
                 times += engine.dealt.values() if engine.state is not State.UPDATING else []
-            elif engine.start_at is not None:
+            elif engine.start_at is not None and not self._resting:
                 times.append(engine.start_at)
         return min(times, default=None)
 
