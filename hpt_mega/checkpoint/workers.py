@@ -70,8 +70,7 @@ class _Crew:
                 raise LostWorkerError(
                     f"no worker has finished a step for {SILENT_S} s; they are at {', '.join(doing.values())}"
                 )
-            for worker in answered:
-                assert isinstance(worker, Connection)
+            for worker in [one for one in doing if one in answered]:
                 step = doing.pop(worker)
                 result = self._answer(worker, step)
                 self._tell(worker, waiting, doing)
@@ -115,7 +114,7 @@ def _serve(commands: Connection, foreign: list[Connection], work: Callable[[str]
         except EOFError:
             return
         try:
-            answer = (work(step), None)
+            answer: tuple[Any, str | None] = (work(step), None)
         except (ValueError, OSError) as error:
             answer = (None, str(error))
         commands.send(answer)
