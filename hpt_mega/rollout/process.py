@@ -15,11 +15,13 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1
-GRACE_S = 5.0  # between SIGTERM and SIGKILL
+_TRACKER = b"multiprocessing.resource_tracker"
+GRACE_S = 5.0  # between SIGTERM and SIGKILL, and for what removes shared memory after it
 # For processes that compute on a CPU: asking the kernel anew for memory that was given back costs more than a
 # copy into it. No block is given back, and huge pages are used where the machine lends them.
 KEEP_MEMORY = {
@@ -53,17 +55,15 @@ class OwnedProcess:
         return f"ended with exit code {code}" if code < 128 else f"was ended by signal {code - 128}"
 
     def close(self) -> None:
-        """End the server and its children; takes up to 2 * GRACE_S. Further calls do nothing."""
+        """End the server and its children; takes up to 3 * GRACE_S. Further calls do nothing."""
         assert self._guard.stdin is not None
         self._guard.stdin.close()
         try:
-            self._guard.wait(2 * GRACE_S)
+            self._guard.wait(3 * GRACE_S)
         except subprocess.TimeoutExpired:
             self._guard.kill()
             self._guard.wait()
-        for pid in _session(self._guard.pid):  # what a guard that was killed has left
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        _kill_session(self._guard.pid)  # what a guard that was killed has left
 
 
 def die_with_parent() -> None:
@@ -87,6 +87,24 @@ def tail(log: Path, lines: int) -> str:
         return "\n".join(file.read().decode(errors="replace").splitlines()[-lines:])
 
 
+def _kill_session(leader: int) -> None:
+    """Kill what runs in the session that `leader` began, but for this process.
+
+    Python's trackers of shared memory come last: they end by themselves once nobody uses it, and have removed
+    then what the killed ones left in /dev/shm. One that does not within GRACE_S is killed too.
+    """
+    patience_ends = time.monotonic() + GRACE_S
+    while pids := [pid for pid in _session(leader) if pid != os.getpid()]:
+        impatient = time.monotonic() > patience_ends
+        for pid in pids:
+            with contextlib.suppress(OSError):  # it has ended meanwhile
+                if impatient or _TRACKER not in Path(f"/proc/{pid}/cmdline").read_bytes():
+                    os.kill(pid, signal.SIGKILL)
+        if impatient:
+            return
+        time.sleep(0.02)
+
+
 def _session(leader: int) -> list[int]:
     """The processes of the session that `leader` began (Linux)."""
     found = []
@@ -101,7 +119,7 @@ def _session(leader: int) -> list[int]:
 def _guard(command: Sequence[str]) -> int:
     """Run the command until it ends or our standard input does; its exit code, 128 + n for signal n.
 
-    The command gets a process group of its own, which ends with it: no child is left behind.
+    The whole session, which we lead, ends with it: no child is left behind.
     """
     server = subprocess.Popen(command, stdin=subprocess.DEVNULL, process_group=0, preexec_fn=die_with_parent)
 
@@ -112,13 +130,12 @@ def _guard(command: Sequence[str]) -> int:
             os.killpg(server.pid, signal.SIGTERM)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 server.wait(GRACE_S)
-            os.killpg(server.pid, signal.SIGKILL)
+            server.kill()
 
     threading.Thread(target=end, daemon=True).start()
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     code = server.wait()
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(server.pid, signal.SIGKILL)
+    _kill_session(os.getpid())
     return code if code >= 0 else 128 - code
 
 

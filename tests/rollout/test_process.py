@@ -121,3 +121,23 @@ def test_the_log_is_ours_alone_and_its_tail_is_bounded(tmp_path: Path) -> None:
     assert tail(log, 2) == "99997\n99998"
     assert tail(tmp_path / "none", 2) == ""
     assert os.path.getsize(log) > 65536
+
+
+@pytest.mark.parametrize("end", ["closed", "killed"])
+def test_no_shared_memory_is_left_by_a_server_that_could_not_remove_its_own(end: str, tmp_path: Path) -> None:
+    holder = (
+        "import os, time; from multiprocessing.shared_memory import SharedMemory;"
+        "held = SharedMemory(create=True, size=1000);"
+        "print(os.getpid(), held.name, flush=True); time.sleep(100)"
+    )
+    server = OwnedProcess([sys.executable, "-c", holder], {}, tmp_path / "log")
+    log = tmp_path / "log"
+    assert eventually(lambda: log.is_file() and log.read_text().endswith("\n"))
+    pid, name = log.read_text().split()
+    memory = Path("/dev/shm") / name
+    assert memory.is_file()
+    if end == "killed":
+        os.kill(int(pid), signal.SIGKILL)
+        assert eventually(lambda: server.ended() != "")
+    server.close()
+    assert not memory.exists()
