@@ -35,7 +35,6 @@ from hpt_mega.worker import build_learner
 
 STEPS = 3  # after each save, in which it can end
 SEQUENCES = 6
-OUT = Path(__file__).parent / "results" / "async_save.md"
 SETTINGS = ("experiment=demo", "parallel=single", "algorithm=sft", "gate=demonstrations", "optimizer.lr=1e-7")
 
 
@@ -74,7 +73,9 @@ def timed(
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--rounds", type=int, default=5)
-    rounds: int = parser.parse_args().rounds
+    parser.add_argument("--out", type=Path, default=Path("bench/results/async_save.md"))
+    options = parser.parse_args()
+    rounds: int = options.rounds
     learner, items = prepare()
     modes = ("none", "at once", "meanwhile")
     seconds: dict[str, list[list[float]]] = {mode: [] for mode in modes}
@@ -106,7 +107,7 @@ def main() -> None:
         "in single rounds).",
         "",
     ]
-    OUT.write_text("\n".join(lines))
+    options.out.write_text("\n".join(lines))
     print("\n".join(lines))
 
 

@@ -38,7 +38,6 @@ from tests.toy import metrics, save_toy, settings
 SAVE_EVERY = 3
 STEPS = 100_000  # the rate's schedule knows the number, so that killed and unbroken runs have the same
 DEADLINE_S = 900.0
-OUT = Path(__file__).parent / "results" / "crash.md"
 FOLLOWS = {"rollout": "reward", "reward": "train", "train": "sync"}
 AIMS = ("anywhere", "rollout", "train", "checkpoint")
 
@@ -220,6 +219,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--minutes", type=float, default=60)
+    parser.add_argument("--out", type=Path, default=Path("bench/results/crash.md"))
     options = parser.parse_args()
     shared, found = set(os.listdir("/dev/shm")), []
     with tempfile.TemporaryDirectory() as folder:
@@ -234,7 +234,7 @@ def main() -> None:
             found.append(Case(**json.loads(result.read_text())))
     left = sorted(set(os.listdir("/dev/shm")) - shared - mapped())
     text = "\n".join(report(found, left))
-    OUT.write_text(text)
+    options.out.write_text(text)
     print(text)
     if left or any(not c.equal or c.orphans or max(c.lost) > c.bound for c in found):
         sys.exit(1)

@@ -5,6 +5,7 @@ python bench/dryrun.py
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -18,7 +19,6 @@ BROKEN = (
     ("experiment=hpt_70b", "parallel.pp=1", "parallel.dp=1", "parallel.recompute=none"),
     ("experiment=hpt_7b", "data.max_prompt_tokens=130000"),
 )
-OUT = Path(__file__).parent / "results" / "dryrun.md"
 
 
 def dryrun(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -27,6 +27,9 @@ def dryrun(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("bench/results/dryrun.md"))
+    out: Path = parser.parse_args().out
     lines = [
         "# Dry runs of the jobs for GPUs",
         "",
@@ -55,7 +58,7 @@ def main() -> None:
             *(f"> {x}" for x in ended.stderr.splitlines()),
             "",
         ]
-    OUT.write_text("\n".join(lines))
+    out.write_text("\n".join(lines))
 
 
 if __name__ == "__main__":

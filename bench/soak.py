@@ -18,13 +18,14 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from tests.toy import save_toy, settings
 
 WARM_UP = 10
-OUT = Path(__file__).parent / "results" / "soak.md"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--minutes", type=float, default=30)
-    minutes = parser.parse_args().minutes
+    parser.add_argument("--out", type=Path, default=Path("bench/results/soak.md"))
+    options = parser.parse_args()
+    minutes: float = options.minutes
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         toy = [*settings(save_toy(root / "model")), "trainer.save_every=50"]
@@ -52,7 +53,7 @@ def main() -> None:
             "",
         ]
     )
-    OUT.write_text(text)
+    options.out.write_text(text)
     print(text)
 
 
