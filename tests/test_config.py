@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from hpt_mega.config import Config, ConfigError, compose, conf_dir, load, save
 from hpt_mega.objective import algorithm, rows
@@ -110,3 +111,14 @@ def test_a_file_with_a_misspelt_key_is_refused_with_its_name(tmp_path: Path) -> 
         load(path)
     with pytest.raises(ConfigError, match="does not exist"):
         load(tmp_path / "absent.yaml")
+
+
+@pytest.mark.parametrize(("instructions", "dtype"), [({"avx2"}, "fp32"), ({"avx2", "amx_bf16"}, "bf16")])
+def test_the_demo_multiplies_in_what_the_processor_can(
+    instructions: set[str], dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = {name: name in instructions for name in ("avx2", "avx512_bf16", "amx_bf16")}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: known)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert compose(["experiment=demo"]).precision.dtype == dtype
+    assert compose(["experiment=demo", "precision=fp16"]).precision.dtype == "fp16"
