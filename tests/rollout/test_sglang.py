@@ -374,7 +374,7 @@ def launch(tmp_path: Path) -> Callable[[str], Launch]:
         8,
         0.8,
         True,
-        {"PYTHONPATH": str(tmp_path / "site"), "OMP_NUM_THREADS": "1"},
+        environment={"PYTHONPATH": str(tmp_path / "site"), "OMP_NUM_THREADS": "1"},
     )
 
 
