@@ -18,7 +18,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hpt_mega.checkpoint.hf import HFCheckpoint
-from hpt_mega.config import load
+from hpt_mega.config import load, native_dtype
 from tests.ranks import run_ranks
 
 MODEL = Path(__file__).parents[1] / "models" / "smollm2-135m-instruct"
@@ -37,6 +37,7 @@ SETTINGS = (
     "trainer.deterministic=true",
     "trainer.keep_checkpoints=1",  # a gigabyte each
     "optimizer.lr=1e-4",
+    "precision=native",
 )
 DEADLINE_S = 240.0
 
@@ -124,7 +125,7 @@ def exported_equals_checkpoint(run_dir: Path) -> list[str]:
     """Names of this rank's parameters whose bits differ between the last checkpoint and the export."""
     from hpt_mega.checkpoint.weights import own_entries
     from hpt_mega.megatron import runtime
-    from hpt_mega.megatron.model import build_model
+    from hpt_mega.megatron.model import DTYPES, build_model
     from hpt_mega.megatron.optimizer import build_optimizer, wrap_data_parallel
     from hpt_mega.megatron.state import load_state
     from hpt_mega.resharding.mapping import family_for
@@ -134,7 +135,7 @@ def exported_equals_checkpoint(run_dir: Path) -> list[str]:
     exported = HFCheckpoint(run_dir / "hf")
     family = family_for(exported.config)
     shape = family.read_shape(exported.config)
-    model = build_model(shape, cfg.parallel, layout, torch.bfloat16)
+    model = build_model(shape, cfg.parallel, layout, DTYPES[cfg.precision.dtype])
     wrapped = wrap_data_parallel(model, cfg)
     last = run_dir / "checkpoints" / f"step_{STEPS:06d}"
     load_state(last, model, build_optimizer(wrapped, cfg), layout, cfg)
@@ -160,7 +161,7 @@ def test_the_export_is_the_last_checkpoint_bit_for_bit_and_not_the_start(
 def test_transformers_loads_the_export_and_answers_with_it(finished_run: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(finished_run / "hf")
     model = AutoModelForCausalLM.from_pretrained(finished_run / "hf")
-    assert model.dtype is torch.bfloat16
+    assert model.dtype is (torch.bfloat16 if native_dtype() == "bf16" else torch.float32)
     prompt = tokenizer.apply_chat_template(
         [{"role": "user", "content": "What is 2 * 3?"}], add_generation_prompt=True, return_tensors="pt"
     )
