@@ -39,9 +39,9 @@ SETTINGS = (
     "optimizer.lr=1e-4",
     "precision=native",
 )
-DEADLINE_S = 240.0
+DEADLINE_S = 480.0
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(1200)
 
 
 def start(run_dir: Path, *overrides: str) -> subprocess.Popen[str]:
