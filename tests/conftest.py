@@ -8,6 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("hpt", deadline=None)  # a busy machine makes no test wrong
+settings.load_profile("hpt")
 
 
 @pytest.fixture(autouse=True)

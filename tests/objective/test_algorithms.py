@@ -34,7 +34,7 @@ torch.set_num_threads(1)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(seed=st.integers(0, 10_000))
 def test_gradient_equals_that_of_the_published_loss(name: str, seed: int) -> None:
     off_by, size = difference(name, seed)

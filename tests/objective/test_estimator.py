@@ -63,7 +63,7 @@ def cut(order: list[int], cuts: set[int]) -> list[list[int]]:
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "dpo"])
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=5)
 @given(
     seed=st.integers(0, 999), order=st.permutations(range(B)), cuts=st.sets(st.integers(1, B - 1), max_size=6)
 )
@@ -90,7 +90,7 @@ def constant_length(aggregation: str) -> dict[str, Any]:
 
 
 @given(cuts=st.sets(st.integers(1, 5), max_size=4), order=st.permutations(range(6)))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_dpo_does_not_depend_on_microbatch_split_between_pairs(cuts: set[int], order: list[int]) -> None:
     estimator, step = algorithm("dpo"), tensors(1, "dpo")
     expected = weight_of(estimator, step, 6.0)

@@ -23,7 +23,7 @@ def grouped(name: str, values: list[float], source: Tensor | None = None) -> tup
 
 @pytest.mark.parametrize("name", ["grpo", "dr_grpo", "rloo", "hpt"])
 @given(values=rewards)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_advantages_of_a_group_sum_to_zero(name: str, values: list[float]) -> None:
     advantage, group = grouped(name, values)
     for g in group.unique():
@@ -32,7 +32,7 @@ def test_advantages_of_a_group_sum_to_zero(name: str, values: list[float]) -> No
 
 @pytest.mark.parametrize("name", ["grpo", "dr_grpo", "rloo", "reinforce_pp"])
 @given(values=rewards, shift=st.floats(-3, 3))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_advantages_do_not_depend_on_a_shift_of_the_rewards(
     name: str, values: list[float], shift: float
 ) -> None:
@@ -43,7 +43,7 @@ def test_advantages_do_not_depend_on_a_shift_of_the_rewards(
 
 @pytest.mark.parametrize("name", ["grpo", "dr_grpo", "rloo", "reinforce_pp", "luffy", "srft"])
 @given(value=st.floats(-5, 5), size=st.integers(1, 9))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_equal_rewards_teach_exactly_nothing(name: str, value: float, size: int) -> None:
     group = torch.zeros(size, dtype=torch.long)
     for dtype in (torch.float32, torch.float64):

@@ -23,7 +23,7 @@ def grids(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return values, old, returns, mask
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(seed=st.integers(0, 9999), clip=st.sampled_from([0.0, 0.2, 5.0]))
 def test_value_loss_and_its_gradient_are_those_of_ppo2(seed: int, clip: float) -> None:
     values, old, returns, mask = grids(seed)
@@ -40,7 +40,7 @@ def test_value_loss_and_its_gradient_are_those_of_ppo2(seed: int, clip: float) -
     assert (ours - theirs).abs().max() <= 1e-12
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     seed=st.integers(0, 9999), gamma=st.sampled_from([0.0, 0.9, 1.0]), lam=st.sampled_from([0.0, 0.7, 1.0])
 )

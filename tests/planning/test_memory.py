@@ -84,7 +84,7 @@ def test_activations_are_those_of_korthikanti_for_a_plain_gpt() -> None:
     assert kept == pytest.approx(32 * 6144 / 4)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.integers(1, 70),
     st.integers(1, 8),

@@ -227,7 +227,7 @@ class AnyOrder(RuleBasedStateMachine):
 
 
 TestAnyOrder = AnyOrder.TestCase
-TestAnyOrder.settings = settings(max_examples=150, stateful_step_count=50, deadline=None)
+TestAnyOrder.settings = settings(max_examples=150, stateful_step_count=50)
 
 
 def ready(limits: Limits = LIMITS, names: tuple[str, ...] = NAMES) -> FleetState:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -62,7 +62,6 @@ def test_top_p_keeps_exactly_the_smallest_set_and_its_proportions(
     assert bool(((found[kept] - expected).abs() < 4 * deviation + 1e-9).all())
 
 
-@settings(deadline=None)
 @given(
     logits=st.lists(st.floats(-8, 8, width=32), min_size=2, max_size=12),
     uniform=st.floats(0, 1, exclude_max=True),
