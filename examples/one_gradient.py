@@ -39,8 +39,8 @@ def question(reward: Tensor, weight: Tensor) -> dict[str, Tensor]:
 
 def estimator(name: str) -> Estimator:
     """The row; one that divides by a length, whatever was sampled, is given the longest possible."""
-    row = algorithm(name)
-    return algorithm(name, length=LONGEST) if row.row.aggregation == "constant" else row
+    plain = algorithm(name)
+    return algorithm(name, length=LONGEST) if plain.row.aggregation == "constant" else plain
 
 
 def pushes(name: str, right: int) -> list[float]:
@@ -48,11 +48,11 @@ def pushes(name: str, right: int) -> list[float]:
     reward = torch.tensor([1.0] * right + [0.0] * (4 - right) + [1.0])
     alpha, beta = gate("switch")(reward[:4].mean()[None]) if name == "hpt" else torch.ones(2, 1)
     weight = torch.cat([alpha.expand(4), beta])
-    row = estimator(name)
-    taken = torch.arange(4 if row.row.offline is None else 5)
+    chosen = estimator(name)
+    taken = torch.arange(4 if chosen.row.offline is None else 5)
     if name == "sft":
         taken = torch.tensor([4])
-    out = row(TokenBatch(**{field: value[taken] for field, value in question(reward, weight).items()}))
+    out = chosen(TokenBatch(**{field: value[taken] for field, value in question(reward, weight).items()}))
     found = torch.full((len(LENGTHS),), torch.nan)
     found[taken] = -(out.token_weight / out.denominator).sum(1) / LENGTHS[taken] + 0.0
     return found.tolist()
