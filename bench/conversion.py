@@ -1,9 +1,9 @@
 """Conversion beside cp of the same files, in turns, with the sources in the page cache.
 
-    python bench/conversion.py --gb 1 --repeats 5 --folder build --out bench/results/conversion.md
+    python bench/conversion.py --gb 1 --repeats 5 --folders build /dev/shm
 
-Makes a bf16 Llama of random bits in --folder and removes it in the end. Each turn: cp, cp and an fsync of
-each copy, `hpt convert`, for both directions; what is dirty is written out before each. One thread.
+Makes a bf16 Llama of random bits in a folder and removes it in the end. Each turn: cp, cp and an fsync of
+each copy, `hpt convert`, for both directions; what is dirty is written out before each. One thread a process.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -43,6 +43,7 @@ LAYER_BYTES = 2 * (2 * 2048 * 2048 + 2 * 256 * 2048 + 3 * 5632 * 2048 + 2 * 2048
 OUTSIDE_BYTES = 2 * (2 * 32_001 * 2048 + 2048)
 SHARD_BYTES = 500_000_000
 LAYOUT = ("--tp", "2", "--pp", "2")
+PROCESSES = (1, 2)
 TABLE = re.compile(
     r"(?<=<!-- bench/conversion.py begins -->\n).*?(?=<!-- bench/conversion.py ends -->)", re.S
 )
@@ -52,12 +53,13 @@ TABLE = re.compile(
 class Direction:
     """Seconds of each turn."""
 
+    where: str
+    processes: int
     name: str
     nbytes: int = 0
     cp: list[float] = field(default_factory=list)
     cp_synced: list[float] = field(default_factory=list)
     convert: list[float] = field(default_factory=list)
-    start_up: list[float] = field(default_factory=list)
 
     def row(self) -> str:
         def speed(seconds: list[float]) -> str:
@@ -68,9 +70,8 @@ class Direction:
             return f"{statistics.median(beside) / statistics.median(self.convert):.2f}x"
 
         return (
-            f"| {self.name} | {self.nbytes / 1e9:.2f} | {speed(self.cp)} | {speed(self.cp_synced)} | "
-            f"{speed(self.convert)} | {ratio(self.cp)} | {ratio(self.cp_synced)} | "
-            f"{statistics.median(self.start_up):.1f} |"
+            f"| {self.where} | {self.processes} | {self.name} | {speed(self.cp)} | {speed(self.cp_synced)} | "
+            f"{speed(self.convert)} | {ratio(self.cp)} | {ratio(self.cp_synced)} |"
         )
 
 
@@ -112,8 +113,8 @@ def turn(direction: Direction, source: Path, out: Path, verb: list[str]) -> None
     for action, seconds in ((cp, direction.cp), (cp_synced, direction.cp_synced)):
         seconds.append(timed(action))
         shutil.rmtree(copy)
-    wall = timed(lambda: direction.convert.append(convert(verb, out)))
-    direction.start_up.append(wall - direction.convert[-1])
+    os.sync()
+    direction.convert.append(convert([*verb, "--processes", str(direction.processes)], out))
 
 
 def timed(action: Callable[[], object]) -> float:
@@ -138,34 +139,43 @@ def convert(verb: list[str], out: Path) -> float:
     return float(found[1])
 
 
+def measure(where: Path, gigabytes: float, repeats: int, processes: int) -> Iterator[Direction]:
+    to_megatron = Direction(str(where), processes, "to Megatron")
+    to_hf = Direction(str(where), processes, "to HF")
+    where.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=where) as name:
+        folder = Path(name)
+        hf, megatron, back = folder / "hf", folder / "megatron", folder / "back"
+        make_model(hf, gigabytes)
+        for _ in range(repeats):
+            turn(to_megatron, hf, megatron, ["hf-to-megatron", "--hf", str(hf), *LAYOUT])
+            turn(to_hf, megatron, back, ["megatron-to-hf", "--megatron", str(megatron)])
+            subprocess.run(["diff", "-r", hf, back], check=True)
+            for made in (megatron, back):
+                shutil.rmtree(made)
+    yield from (to_megatron, to_hf)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--gb", type=float, default=1.0)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--folder", type=Path, default=Path("build"))
+    parser.add_argument("--folders", type=Path, nargs="+", default=[Path("build"), Path("/dev/shm")])
     parser.add_argument("--out", type=Path, help="file whose table is replaced; without it: print")
     options = parser.parse_args()
-    options.folder.mkdir(exist_ok=True)
-    directions = Direction("HF to Megatron, TP2 PP2"), Direction("Megatron to HF")
     loads = [os.getloadavg()[0]]
-    with tempfile.TemporaryDirectory(dir=options.folder) as name:
-        folder = Path(name)
-        hf, megatron, back = folder / "hf", folder / "megatron", folder / "back"
-        make_model(hf, options.gb)
-        for _ in range(options.repeats):
-            turn(directions[0], hf, megatron, ["hf-to-megatron", "--hf", str(hf), *LAYOUT])
-            turn(directions[1], megatron, back, ["megatron-to-hf", "--megatron", str(megatron)])
-            subprocess.run(["diff", "-r", hf, back], check=True)
-            for made in (megatron, back):
-                shutil.rmtree(made)
+    rows: list[Direction] = []
+    for folder in options.folders:
+        for processes in PROCESSES:
+            rows += measure(folder, options.gb, options.repeats, processes)
             loads.append(os.getloadavg()[0])
     lines = [
-        "| direction | GB | cp, GB/s | cp and fsync | conversion | of cp | of cp and fsync | start-up, s |",
+        "| folder | processes | direction | cp, GB/s | cp and fsync | conversion | of cp | of cp and fsync |",
         "|---|---|---|---|---|---|---|---|",
-        *(direction.row() for direction in directions),
+        *(row.row() for row in rows),
         "",
-        f"Median (least to most) of {options.repeats} turns; load average {min(loads):.1f} to "
-        f"{max(loads):.1f}.",
+        f"{rows[0].nbytes / 1e9:.2f} GB; median (least to most) of {options.repeats} turns; load average "
+        f"{min(loads):.1f} to {max(loads):.1f}.",
     ]
     text = "\n".join(lines) + "\n"
     print(text)
