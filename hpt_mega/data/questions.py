@@ -11,11 +11,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
-import reasoning_gym
-from transformers import PreTrainedTokenizerBase
 
 from hpt_mega.config import ColumnsConfig, DataConfig, TaskConfig
 from hpt_mega.data.demonstrations import WRITERS, demonstration
@@ -24,6 +22,9 @@ from hpt_mega.data.order import shares
 from hpt_mega.data.store import StoredQuestions, fingerprint, is_prepared
 from hpt_mega.data.templates import check, render
 from hpt_mega.trajectory import Question
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 DRAWS_PER_QUESTION = 30  # entries drawn at most for each question wanted, before a task counts as exhausted
 
@@ -183,6 +184,8 @@ def normalised(text: str) -> str:
 
 
 def _check(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    import reasoning_gym
+
     if not config.tasks and not ((config.train_file or config.mixture) and config.heldout_file):
         raise ValueError("data.tasks is empty; name at least one task, or choose a group such as data=demo")
     for task in config.tasks:
@@ -248,6 +251,8 @@ def _draw(
 
 
 def _entries(task: TaskConfig, seed: int, wanted: int) -> Iterator[dict[str, Any]]:
+    import reasoning_gym
+
     size = DRAWS_PER_QUESTION * max(wanted, 1)
     dataset = reasoning_gym.create_dataset(task.name, seed=seed, size=size, **dict(task.options))
     for i in range(size):

@@ -19,6 +19,7 @@ ROOT = Path(__file__).parents[2]
 CLUSTER = Path(__file__).with_name("cluster.sh")
 DEADLINE_S = 420.0
 STEPS = 40
+NODES = ["node0", "node1", "node2"]
 TWO_NODES = ("--nodes=2", "--ntasks-per-node=1")
 
 
@@ -135,7 +136,7 @@ def test_a_job_whose_node_is_lost_goes_on_elsewhere_with_the_same_metrics(
     cluster.wait_for_step("lost", 5)
     shown = cluster.run("scontrol", "--oneliner", "show", "job", job)
     host = shown.partition("BatchHost=")[2].split()[0]
-    others = [f"node{index}" for index in range(3) if f"node{index}" != host]
+    others = [name for name in NODES if name != host]
     victims = [process for process in psutil.process_iter() if is_of_node(process, job, others)]
     lost = {process.environ()["SLURMD_NODENAME"] for process in victims}
     assert len(lost) == 1
@@ -202,6 +203,23 @@ def test_the_jobs_last_nodes_serve_rollouts_and_the_others_train() -> None:
     urls = "rollout.server.urls=\\[http://NODE8:10000\\,http://NODE9:10000\\]"
     assert urls in train and "rollout=vllm" in train
     assert "HPT_ROLLOUT_KEY" not in done.stdout
+
+
+def test_a_job_trains_on_one_node_what_a_server_on_the_other_generates(cluster: Cluster) -> None:
+    pytest.importorskip("vllm", reason="vLLM is not installed: make .venv/.vllm")
+    run = cluster.folder / "served"
+    model = save_toy(cluster.folder / "wide", head_dim=32)
+    split = {"ROLLOUT_NODES": "1", "ROLLOUT_HOSTS": "127.0.0.1", "PREFLIGHT": "0"}
+    cluster.environment |= split
+    job = (*settings(model), "parallel=single", "precision=fp32", "trainer.steps=2", f"run_dir={run}")
+    number = cluster.submit("served", *TWO_NODES, *job, "rollout.server.bucket_mib=2")
+    for name in split:
+        del cluster.environment[name]
+    output = cluster.wait_for_end(number, "served")
+    assert "done:" in output, output
+    assert [record["sync/probe_gap"] < 1e-4 for record in metrics(run)[1:]] == [True, True]
+    assert "serving at" in (run / "logs" / "serve0.log").read_text()
+    assert not [process for process in psutil.process_iter() if is_of_node(process, number, NODES)]
 
 
 def test_an_evaluation_runs_as_a_job_in_its_container(cluster: Cluster) -> None:

@@ -1,0 +1,82 @@
+"""`hpt train` by what needs more than rollouts and a policy, on a toy model: a critic, pairs, demonstrations."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests import toy
+
+DEADLINE_S = 300.0
+
+pytestmark = pytest.mark.timeout(2.5 * DEADLINE_S)
+
+
+def even(response: str, answer: str) -> tuple[float, str]:
+    """A reward that random weights earn about half of the time."""
+    return float(len(response) % 2 == 0), "its length"
+
+
+def train(folder: Path, *overrides: str) -> None:
+    """A run in folder/run."""
+    model = folder / "model"
+    if not model.exists():
+        toy.save_toy(model)
+    settings = (*toy.settings(model), "precision=fp32", f"run_dir={folder / 'run'}", *overrides)
+    command = [sys.executable, "-m", "hpt_mega.cli", "train", *settings]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_S)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "parallel"), [("ppo", "pp2"), ("dpo", "single"), ("luffy", "single"), ("srft", "single")]
+)
+def test_a_run_cut_short_goes_on_with_the_numbers_of_the_whole_one(
+    name: str, parallel: str, tmp_path: Path
+) -> None:
+    settings = (
+        f"algorithm={name}",
+        f"parallel={parallel}",
+        f"reward.kind={__name__}.even",
+        "rollout.rollouts_per_question=3",
+        "trainer.steps=3",
+        "trainer.updates_per_step=2",
+        "trainer.save_every=1",
+    )
+    train(tmp_path, *settings)
+    whole = toy.metrics(tmp_path / "run")
+    assert all(record["grad_norm"] > 0 for record in whole[1:])
+    assert all(0 < record["reward"] < 1 for record in whole[1:])
+    assert all(("value_loss" in record) == (name == "ppo") for record in whole[1:])
+    assert all((record["sft_fraction"] > 0) == (name in ("luffy", "srft")) for record in whole[1:])
+    for step in (2, 3):
+        shutil.rmtree(tmp_path / "run" / "checkpoints" / f"step_{step:06d}")
+    train(tmp_path, *settings, "resume=auto")
+    assert toy.metrics(tmp_path / "run") == whole
+
+
+def test_preference_pairs_from_a_file_need_no_rollouts(tmp_path: Path) -> None:
+    pairs = [
+        {"prompt": f"{i} + {i}?", "answer": str(2 * i), "demonstration": f"{2 * i}", "rejected": f"{i}{i}"}
+        for i in range(1, 7)
+    ]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(json.dumps(pair) for pair in pairs))
+    train(
+        tmp_path,
+        "algorithm=dpo",
+        "parallel=pp2",
+        "gate=demonstrations",
+        "rollout.rollouts_per_question=0",
+        f"data.train_file={tmp_path}/pairs.jsonl",
+        "data.train_questions=6",
+        "trainer.steps=4",
+    )
+    losses = [record["objective/advantage_std"] for record in toy.metrics(tmp_path / "run")[1:]]
+    assert losses[-1] < losses[0]  # beta σ(-Δ) falls as the margin grows
+    assert "reward" not in toy.metrics(tmp_path / "run")[-1]
+    assert (tmp_path / "run" / "report.html").is_file()
