@@ -1,4 +1,4 @@
-"""`hpt train` by what needs more than rollouts and a policy, on a toy model: a critic, pairs, demonstrations."""
+"""A toy model trained by what needs more than rollouts and a policy: a critic, pairs, demonstrations."""
 
 from __future__ import annotations
 
