@@ -20,18 +20,14 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 from transformers import AutoTokenizer
 
-from hpt_mega.checkpoint.hf import HFCheckpoint
 from hpt_mega.checkpoint.store import CheckpointStore
-from hpt_mega.checkpoint.weights import load_hf
 from hpt_mega.config import compose
 from hpt_mega.data.questions import load_questions
-from hpt_mega.megatron import runtime
 from hpt_mega.megatron.learner import Learner
-from hpt_mega.megatron.model import DTYPES, build_model
-from hpt_mega.resharding.mapping import family_for
 from hpt_mega.scheduler.blend import demonstration
 from hpt_mega.trajectory import Trajectory
 from hpt_mega.worker import build_learner
+from tests.megatron.tiny import build_policy
 
 STEPS = 3  # after each save, in which it can end
 SEQUENCES = 6
@@ -40,15 +36,10 @@ SETTINGS = ("experiment=demo", "parallel=single", "algorithm=sft", "gate=demonst
 
 def prepare() -> tuple[Learner, list[Trajectory]]:
     cfg = compose(SETTINGS)
-    layout = runtime.initialize(cfg)
-    checkpoint = HFCheckpoint(Path(cfg.model.path))
-    family = family_for(checkpoint.config)
-    shape = family.read_shape(checkpoint.config)
-    model = build_model(shape, cfg.parallel, layout, DTYPES[cfg.precision.dtype])
-    load_hf(model, checkpoint, family, shape, layout)
+    policy = build_policy(Path(cfg.model.path), cfg, train=False)
     questions = load_questions(cfg.data, AutoTokenizer.from_pretrained(cfg.model.path)).train[:SEQUENCES]
     items = [demonstration(question, index, 0) for index, question in enumerate(questions)]
-    return build_learner(cfg, layout, model, shape), items
+    return build_learner(cfg, policy.layout, policy.model, policy.shape), items
 
 
 def timed(

@@ -23,40 +23,30 @@ import torch
 from packing import padded_plan
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hpt_mega.checkpoint.hf import HFCheckpoint
-from hpt_mega.checkpoint.weights import load_hf
 from hpt_mega.config import Config, compose
 from hpt_mega.data.balancing import plan_microbatches
 from hpt_mega.data.packing import MicroBatch, collate
 from hpt_mega.data.questions import load_questions
 from hpt_mega.megatron import runtime
-from hpt_mega.megatron.model import DTYPES, build_model
-from hpt_mega.megatron.optimizer import build_optimizer, wrap_data_parallel
+from hpt_mega.megatron.model import DTYPES
 from hpt_mega.megatron.step import Objective, forward_backward, update
 from hpt_mega.objective import algorithm
-from hpt_mega.resharding.mapping import family_for
 from hpt_mega.scheduler.blend import demonstration
+from tests.megatron.tiny import build_policy
 
 Step = Callable[[list[MicroBatch]], None]
 
 
 def megatron_step(cfg: Config) -> Step:
-    layout = runtime.initialize(cfg)
-    checkpoint = HFCheckpoint(Path(cfg.model.path))
-    family = family_for(checkpoint.config)
-    shape = family.read_shape(checkpoint.config)
-    model = build_model(shape, cfg.parallel, layout, DTYPES[cfg.precision.dtype])
-    load_hf(model, checkpoint, family, shape, layout)
-    wrapped = wrap_data_parallel(model, cfg)
-    optimizer = build_optimizer(wrapped, cfg)
+    policy = build_policy(Path(cfg.model.path), cfg)
 
     def step(microbatches: list[MicroBatch]) -> None:
         tokens = sum(len(microbatch.targets_N) for microbatch in microbatches)
-        wrapped.zero_grad_buffer()
-        optimizer.zero_grad()
-        objective = Objective(algorithm("sft"), float(tokens), 1.0, shape.vocab_size)
-        forward_backward(wrapped, microbatches, objective, layout)
-        update(optimizer)
+        policy.wrapped.zero_grad_buffer()
+        policy.optimizer.zero_grad()
+        objective = Objective(algorithm("sft"), float(tokens), 1.0, policy.shape.vocab_size)
+        forward_backward(policy.wrapped, microbatches, objective, policy.layout)
+        update(policy.optimizer)
 
     return step
 
