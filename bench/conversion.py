@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -117,11 +117,10 @@ def turn(direction: Direction, source: Path, out: Path, verb: list[str]) -> None
         seconds.append(timed(action))
         shutil.rmtree(copy)
     verb = [*verb, "--processes", str(direction.processes)]
-    os.sync()
-    direction.unsynced.append(convert(["eatmydata"], verb, out))
-    shutil.rmtree(out)
-    os.sync()
-    direction.convert.append(convert([], verb, out))
+    for under, seconds in ((["eatmydata"], direction.unsynced), ([], direction.convert)):
+        shutil.rmtree(out, ignore_errors=True)
+        os.sync()
+        seconds.append(convert(under, verb, out))
 
 
 def timed(action: Callable[[], object]) -> float:
@@ -146,7 +145,7 @@ def convert(under: list[str], verb: list[str], out: Path) -> float:
     return float(found[1])
 
 
-def measure(where: Path, gigabytes: float, repeats: int, processes: int) -> Iterator[Direction]:
+def measure(where: Path, gigabytes: float, repeats: int, processes: int) -> list[Direction]:
     to_megatron = Direction(str(where), processes, "to Megatron")
     to_hf = Direction(str(where), processes, "to HF")
     where.mkdir(exist_ok=True)
@@ -160,7 +159,7 @@ def measure(where: Path, gigabytes: float, repeats: int, processes: int) -> Iter
             subprocess.run(["diff", "-r", hf, back], check=True)
             for made in (megatron, back):
                 shutil.rmtree(made)
-    yield from (to_megatron, to_hf)
+    return [to_megatron, to_hf]
 
 
 def main() -> None:

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
@@ -19,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hpt_mega.checkpoint.hf import HFCheckpoint
 from hpt_mega.config import load, native_dtype
 from tests.ranks import run_ranks
+from tests.toy import metrics
 
 MODEL = Path(__file__).parents[1] / "models" / "smollm2-135m-instruct"
 STEPS = 4
@@ -59,18 +59,12 @@ def finish(process: subprocess.Popen[str], run_dir: Path, expected: int = 0) -> 
 
 
 def wait_for_step(run_dir: Path, step: int, process: subprocess.Popen[str]) -> None:
-    metrics = run_dir / "metrics.jsonl"
+    file = run_dir / "metrics.jsonl"
     end = time.monotonic() + DEADLINE_S
-    while not metrics.is_file() or f'"step": {step},' not in metrics.read_text():
+    while not file.is_file() or f'"step": {step},' not in file.read_text():
         assert process.poll() is None, run_dir.with_suffix(".log").read_text()
         assert time.monotonic() < end, f"step {step} was not reached within {DEADLINE_S} s"
         time.sleep(0.05)
-
-
-def lines(run_dir: Path) -> list[dict[str, Any]]:
-    """metrics.jsonl without what a clock measured."""
-    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in record.items() if key != "timing"} for record in records]
 
 
 def family_tree(process: subprocess.Popen[str]) -> list[psutil.Process]:
@@ -104,7 +98,7 @@ def killed_run(tmp_path: Path) -> Path:
 def test_a_run_leaves_all_its_outputs(finished_run: Path) -> None:
     for name in ("config.yaml", "metrics.jsonl", "summary.json", "report.html", "plots/reward.png", "hf"):
         assert (finished_run / name).exists(), name
-    assert [record["step"] for record in lines(finished_run)] == list(range(STEPS + 1))
+    assert [record["step"] for record in metrics(finished_run)] == list(range(STEPS + 1))
     summary = json.loads((finished_run / "summary.json").read_text())
     assert summary["steps"] == summary["policy_version"] == STEPS
     assert {"rollout", "reward", "train", "sync", "eval", "checkpoint", "export"} <= set(summary["seconds"])
@@ -114,10 +108,10 @@ def test_a_run_leaves_all_its_outputs(finished_run: Path) -> None:
 
 
 def test_a_run_learns_from_rollouts_and_from_demonstrations(finished_run: Path) -> None:
-    fractions = [record["sft_fraction"] for record in lines(finished_run)[1:]]
+    fractions = [record["sft_fraction"] for record in metrics(finished_run)[1:]]
     assert any(fraction > 0 for fraction in fractions)
     assert any(fraction < 1 for fraction in fractions)
-    assert all(record["grad_norm"] > 0 for record in lines(finished_run)[1:])
+    assert all(record["grad_norm"] > 0 for record in metrics(finished_run)[1:])
 
 
 def exported_equals_checkpoint(run_dir: Path) -> list[str]:
@@ -171,9 +165,9 @@ def test_transformers_loads_the_export_and_answers_with_it(finished_run: Path) -
 def test_a_killed_and_resumed_run_has_the_numbers_of_one_never_killed(
     finished_run: Path, killed_run: Path
 ) -> None:
-    assert [record["step"] for record in lines(killed_run)] == [0, 1, 2, 3]
+    assert [record["step"] for record in metrics(killed_run)] == [0, 1, 2, 3]
     finish(start(killed_run, "resume=auto"), killed_run)
-    assert lines(killed_run) == lines(finished_run)
+    assert metrics(killed_run) == metrics(finished_run)
     whole, resumed = HFCheckpoint(finished_run / "hf"), HFCheckpoint(killed_run / "hf")
     assert all(torch.equal(whole.tensor(name), resumed.tensor(name)) for name in whole.names())
 

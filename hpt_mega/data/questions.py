@@ -184,21 +184,25 @@ def normalised(text: str) -> str:
 
 
 def _check(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-    import reasoning_gym
-
     if not config.tasks and not ((config.train_file or config.mixture) and config.heldout_file):
         raise ValueError("data.tasks is empty; name at least one task, or choose a group such as data=demo")
     for task in config.tasks:
-        if not task.weight > 0:
-            raise ValueError(
-                f"data.tasks: weight of {task.label or task.name} is {task.weight}, expected above 0"
-            )
-        if task.name not in reasoning_gym.factory.DATASETS:
-            raise ValueError(f"data.tasks: reasoning-gym has no task {task.name!r}")
-        if task.name not in WRITERS:
-            known = ", ".join(sorted(WRITERS))
-            raise ValueError(f"data.tasks: no demonstrations are known for {task.name!r}; known are {known}")
+        _check_task(task)
     check(config.template, tokenizer)
+
+
+def _check_task(task: TaskConfig) -> None:
+    import reasoning_gym
+
+    if not task.weight > 0:
+        raise ValueError(
+            f"data.tasks: weight of {task.label or task.name} is {task.weight}, expected above 0"
+        )
+    if task.name not in reasoning_gym.factory.DATASETS:
+        raise ValueError(f"data.tasks: reasoning-gym has no task {task.name!r}")
+    if task.name not in WRITERS:
+        known = ", ".join(sorted(WRITERS))
+        raise ValueError(f"data.tasks: no demonstrations are known for {task.name!r}; known are {known}")
 
 
 def _draw(

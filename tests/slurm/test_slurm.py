@@ -205,16 +205,16 @@ def test_the_jobs_last_nodes_serve_rollouts_and_the_others_train() -> None:
     assert "HPT_ROLLOUT_KEY" not in done.stdout
 
 
-def test_a_job_trains_on_one_node_what_a_server_on_the_other_generates(cluster: Cluster) -> None:
+def test_a_job_trains_on_one_node_what_a_server_on_the_other_generates(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("vllm", reason="vLLM is not installed: make .venv/.vllm")
     run = cluster.folder / "served"
     model = save_toy(cluster.folder / "wide", head_dim=32)
-    split = {"ROLLOUT_NODES": "1", "ROLLOUT_HOSTS": "127.0.0.1", "PREFLIGHT": "0"}
-    cluster.environment |= split
+    for name, value in (("ROLLOUT_NODES", "1"), ("ROLLOUT_HOSTS", "127.0.0.1"), ("PREFLIGHT", "0")):
+        monkeypatch.setitem(cluster.environment, name, value)
     job = (*settings(model), "parallel=single", "precision=fp32", "trainer.steps=2", f"run_dir={run}")
     number = cluster.submit("served", *TWO_NODES, *job, "rollout.server.bucket_mib=2")
-    for name in split:
-        del cluster.environment[name]
     output = cluster.wait_for_end(number, "served")
     assert "done:" in output, output
     assert [record["sync/probe_gap"] < 1e-4 for record in metrics(run)[1:]] == [True, True]
