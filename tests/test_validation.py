@@ -107,7 +107,7 @@ def test_resuming_delayed_scaling_on_a_gpu_asks_for_trust_in_the_checkpoint(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     folder = model_folder(hidden_size=576)
-    given = (f"model.path={folder}", f"run_dir={tmp_path}/run", "parallel.pp=2", "resume=auto")
+    given = (f"model.path={folder}", f"run_dir={tmp_path}/run", "parallel.pp=1", "resume=auto")
     assert problems(*given, "precision=fp8_blockwise") == ""
     assert "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE=1" in problems(*given, "precision=fp8_delayed")
     monkeypatch.setenv("NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE", "1")
@@ -183,6 +183,16 @@ def test_servers_at_urls_need_a_key_an_address_and_to_be_enough(
     assert expected in said if expected else said == ""
     monkeypatch.delenv("HPT_ROLLOUT_KEY")
     assert "the environment variable HPT_ROLLOUT_KEY is not set" in problems(*fixed, *own, *more)
+
+
+def test_on_gpus_the_trainers_own_processes_do_not_decode_through_a_pipeline(
+    model_folder: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = (f"model.path={model_folder()}", f"run_dir={tmp_path}/run")
+    assert problems(*given, "parallel.pp=2") == ""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert "set rollout=vllm, or pp to 1" in problems(*given, "parallel.pp=2")
+    assert problems(*given, "parallel.pp=1") == ""
 
 
 def test_servers_sleep_on_a_gpu_and_only_where_they_do_not_work_during_training(

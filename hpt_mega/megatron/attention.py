@@ -1,6 +1,7 @@
-"""Core attention of the local (CPU) layer spec, with the key/value cache that rollouts decode from.
+"""Core attention of the local (CPU) layer spec, and the key/value cache that rollouts decode from.
 
-TE brings its own core attention on GPUs; this one replaces megatron-core's unfused softmax.
+TE brings its own core attention on GPUs, to which the cache is added; CoreAttention replaces megatron-core's
+unfused softmax.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class KVCache:
         self.values_BGLD[:, :, :length] = value_SBGD.permute(1, 2, 0, 3)
 
     def write_token(self, key_1BGD: Tensor, value_1BGD: Tensor, positions_B: Tensor) -> None:
-        rows = torch.arange(len(positions_B))
+        rows = torch.arange(len(positions_B), device=positions_B.device)
         self.keys_BGLD[rows, :, positions_B] = key_1BGD[0]
         self.values_BGLD[rows, :, positions_B] = value_1BGD[0]
 
@@ -56,24 +57,18 @@ class DecodeState:
     def __init__(self, positions_B: Tensor, visible: int) -> None:
         self.positions_B = positions_B
         self.visible = visible  # cache positions that can hold a token of any sequence
-        mask_BL = torch.arange(visible) <= positions_B[:, None]
+        mask_BL = torch.arange(visible, device=positions_B.device) <= positions_B[:, None]
         self.mask_B11L = mask_BL[:, None, None, :]
 
 
 class CoreAttention(torch.nn.Module):
-    """Causal attention over packed segments, or over right-padded sequences of one length.
-
-    With a cache attached, a forward over several positions fills it (prefill) and a forward over one
-    position with a DecodeState reads it (decode); neither is packed, nor shared over context-parallel ranks.
-    """
+    """Causal attention over packed segments, or over right-padded sequences of one length."""
 
     def __init__(
         self, config: Any, layer_number: int, *args: Any, pg_collection: Any = None, **kwargs: Any
     ) -> None:
         super().__init__()
         self._context = pg_collection.cp if config.context_parallel_size > 1 else None
-        self.cache: KVCache | None = None
-        self.decode: DecodeState | None = None
 
     def forward(
         self,
@@ -88,30 +83,53 @@ class CoreAttention(torch.nn.Module):
         if packed_seq_params is not None:
             bounds = packed_seq_params.cu_seqlens_q.tolist()
             return packed_attention(self.attend, query, key, value, bounds, self._context)
-        if self.cache is not None and self.decode is not None:
-            return self._decode(query, key, value, self.cache, self.decode)
-        if self.cache is not None:
-            self.cache.write_prompt(key, value)
         return self.attend(query, key, value)
 
     def attend(self, query_SBND: Tensor, key_LBGD: Tensor, value_LBGD: Tensor) -> Tensor:
         """The queries stand at the last S of the L positions, and see no later one."""
         return causal_attention(query_SBND, key_LBGD, value_LBGD)
 
-    @staticmethod
-    def _decode(query: Tensor, key: Tensor, value: Tensor, cache: KVCache, state: DecodeState) -> Tensor:
-        cache.write_token(key, value, state.positions_B)
-        _, batch, heads, channels = query.shape
-        groups = key.shape[2]
-        # the query heads of a group share its keys: treat them as rows of one small matrix
-        query_BGRD = query[0].view(batch, groups, heads // groups, channels)
-        out_BGRD = scaled_dot_product_attention(
-            query_BGRD,
-            cache.keys_BGLD[:, :, : state.visible],
-            cache.values_BGLD[:, :, : state.visible],
-            attn_mask=state.mask_B11L,
-        )
-        return out_BGRD.reshape(1, batch, heads * channels)
+
+class Decoding:
+    """Lets a core attention, the base class after this one, decode from a cache.
+
+    With a cache attached, a forward over several positions fills it (prefill) and a forward over one
+    position with a DecodeState reads it (decode); neither is packed, nor shared over context-parallel ranks.
+    """
+
+    cache: KVCache | None = None
+    decode: DecodeState | None = None
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """As CoreAttention's."""
+        if self.cache is None:
+            out: Tensor = super().forward(query, key, value, *args, **kwargs)  # type: ignore[misc]
+            return out
+        if self.decode is not None:
+            return decode_attention(query, key, value, self.cache, self.decode)
+        self.cache.write_prompt(key, value)
+        return causal_attention(query, key, value)
+
+
+def with_decoding(core: type) -> type:
+    """A plain causal core attention, ours or TE's, that can decode too."""
+    return type(f"Decoding{core.__name__}", (Decoding, core), {})
+
+
+def decode_attention(query: Tensor, key: Tensor, value: Tensor, cache: KVCache, state: DecodeState) -> Tensor:
+    """One new position a sequence, [1, B, N, D], over what the cache holds and itself: [1, B, N * D]."""
+    cache.write_token(key, value, state.positions_B)
+    _, batch, heads, channels = query.shape
+    groups = key.shape[2]
+    # the query heads of a group share its keys: treat them as rows of one small matrix
+    query_BGRD = query[0].view(batch, groups, heads // groups, channels)
+    out_BGRD = scaled_dot_product_attention(
+        query_BGRD,
+        cache.keys_BGLD[:, :, : state.visible],
+        cache.values_BGLD[:, :, : state.visible],
+        attn_mask=state.mask_B11L,
+    )
+    return out_BGRD.reshape(1, batch, heads * channels)
 
 
 def packed_attention(

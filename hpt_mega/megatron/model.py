@@ -29,7 +29,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.utils import set_model_to_sequence_parallel  # noqa: E402
 
 from hpt_mega.megatron import precision  # noqa: E402
-from hpt_mega.megatron.attention import CoreAttention  # noqa: E402
+from hpt_mega.megatron.attention import CoreAttention, Decoding, with_decoding  # noqa: E402
 from hpt_mega.megatron.runtime import Layout  # noqa: E402
 from hpt_mega.megatron.variants import LatentCoreAttention, WindowAttention  # noqa: E402
 from hpt_mega.resharding.mapping.fusion import padded_vocab_size  # noqa: E402
@@ -89,9 +89,10 @@ class PolicyModel(GPTModel):
 
     @contextmanager
     def inference(self) -> Iterator[None]:
-        """Evaluation mode without sequence parallelism, which cannot split a single decoded position."""
-        sequence_parallel, training = self.config.sequence_parallel, self.training
-        self.set_is_first_microbatch()  # or TE would go on with the FP8 weights of before the last update
+        """Evaluation mode without what cannot take a few decoded positions: sequence parallelism splits
+        them, TE's FP8 products want multiples of 8."""
+        sequence_parallel, training, fp8 = self.config.sequence_parallel, self.training, self.config.fp8
+        self.config.fp8 = None
         if sequence_parallel:
             set_model_to_sequence_parallel(self, set_to=False)
         self.eval()
@@ -101,6 +102,7 @@ class PolicyModel(GPTModel):
             if sequence_parallel:
                 set_model_to_sequence_parallel(self, set_to=True)
             self.train(training)
+            self.config.fp8 = fp8
 
     def attention_share(self) -> float:
         """Attention's work on a sequence of L tokens is this times L of the work of the layers' matrices.
@@ -129,8 +131,13 @@ class PolicyModel(GPTModel):
         group = mixtures[0].experts.tp_group
         return mixtures[0].local_expert_indices[0], group.rank(), group.size()
 
-    def core_attentions(self) -> list[CoreAttention]:
-        return [layer.self_attention.core_attention for layer in self.decoder.layers]
+    def core_attentions(self) -> list[Decoding]:
+        """Those of this chunk's layers. Raises ValueError where they cannot decode."""
+        found = [layer.self_attention.core_attention for layer in self.decoder.layers]
+        if not all(isinstance(core, Decoding) for core in found):
+            kind = "latent attention" if self.config.multi_latent_attention else "a sliding window"
+            raise ValueError(f"decoding with {kind} is not implemented here; sample with rollout=vllm")
+        return found
 
 
 def _refuse_other_positions(position_ids_BS: Tensor) -> None:
@@ -264,12 +271,16 @@ def block_spec(config: TransformerConfig, vp_stage: int | None = None) -> Transf
     spec = get_gpt_decoder_block_spec(
         config, use_transformer_engine=on_gpu, normalization="RMSNorm", vp_stage=vp_stage
     )
-    if not on_gpu:
-        for layer in spec.layer_specs:
-            layer.submodules.self_attention.submodules.core_attention = _core_attention(config)
+    plain = not config.multi_latent_attention and not config.window_size
+    for layer in spec.layer_specs:
+        attention = layer.submodules.self_attention.submodules
+        if not on_gpu:
+            attention.core_attention = _core_attention(config)
             layer.submodules.sharded_state_dict_keys_map = _keys_of_transformer_engine(
                 latent=config.multi_latent_attention, experts=layer.submodules.mlp.module is MoELayer
             )
+        if plain:
+            attention.core_attention = with_decoding(attention.core_attention)
     return spec
 
 

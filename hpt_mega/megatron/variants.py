@@ -1,6 +1,6 @@
 """Core attention on the CPU for shapes beyond plain causal attention: sliding windows, latent attention.
 
-The plain one, with the cache that rollouts decode from, is in attention.py; on GPUs TE computes all three.
+The plain one is in attention.py; on GPUs TE computes all three. Neither of these decodes from a cache.
 """
 
 from __future__ import annotations
@@ -21,14 +21,6 @@ class WindowAttention(CoreAttention):
         super().__init__(config, layer_number, *args, **kwargs)
         self._window = config.window_size[0] + 1
 
-    def forward(self, *given: Any, **named: Any) -> Tensor:
-        """As CoreAttention's; decodes only while all that is visible lies within the window."""
-        if self.cache is not None and (self.decode is None or self.decode.visible > self._window):
-            raise ValueError(
-                "decoding with a sliding window is not implemented on the CPU; sample with rollout=vllm"
-            )
-        return super().forward(*given, **named)
-
     def attend(self, query_SBND: Tensor, key_LBGD: Tensor, value_LBGD: Tensor) -> Tensor:
         """As CoreAttention's, within the window."""
         places = torch.arange(len(key_LBGD), device=query_SBND.device)
@@ -45,14 +37,6 @@ class LatentCoreAttention(CoreAttention):
     ) -> None:
         super().__init__(config, layer_number, *args, **kwargs)
         self._scale = softmax_scale
-
-    def forward(self, *given: Any, **named: Any) -> Tensor:
-        """As CoreAttention's, without decoding."""
-        if self.cache is not None:
-            raise ValueError(
-                "decoding with latent attention is not implemented on the CPU; sample with rollout=vllm"
-            )
-        return super().forward(*given, **named)
 
     def attend(self, query_SBND: Tensor, key_LBND: Tensor, value_LBNC: Tensor) -> Tensor:
         """query [S, B, N, D], key [L, B, N, D], value [L, B, N, C] (a group a head) -> [S, B, N * C]."""

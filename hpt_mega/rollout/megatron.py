@@ -113,7 +113,8 @@ class MegatronEngine:
         for index in range(min(self._layout.pp_size, len(prompts))):
             members = order[index :: self._layout.pp_size]
             rows = [i * sampling.n + j for i in members for j in range(sampling.n)]
-            groups.append(_Group(index, members, [prompts[i] for i in members], uniforms[rows], sampling.n))
+            own = [prompts[i] for i in members]
+            groups.append(_Group(index, members, own, uniforms[rows], sampling.n, self._layout.device))
         return groups
 
     def _advance(
@@ -124,7 +125,7 @@ class MegatronEngine:
         tokens, positions = group.next_inputs()
         if not chunk.pre_process:
             shape = (tokens.shape[1], tokens.shape[0], chunk.config.hidden_size)
-            hidden = torch.empty(shape, dtype=chunk.config.params_dtype)
+            hidden = torch.empty(shape, dtype=chunk.config.params_dtype, device=layout.device)
             source = layout.stage_rank((layout.pp_rank - 1) % layout.pp_size)
             dist.recv(hidden, source, layout.pp_group, tag=group.index)
             chunk.set_input_tensor(hidden)
@@ -153,16 +154,17 @@ class MegatronEngine:
 
         Their exchange needs all ranks, whatever each has to decode; the n-th forwards of all of them meet.
         """
-        flag = torch.tensor(int(working))
+        flag = torch.tensor(int(working), device=self._layout.device)
         dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._expert_group)
         return bool(flag)
 
     def _keep_company(self) -> None:
         """Take part in the experts' exchange until the last replica that shares them has its samples."""
-        config, token = self._model.config, torch.zeros(1, 1, dtype=torch.long)
+        config, device = self._model.config, self._layout.device
+        token = torch.zeros(1, 1, dtype=torch.long, device=device)
         while self._announce(False):
             if not self._model.pre_process:
-                hidden = torch.zeros(1, 1, config.hidden_size, dtype=config.params_dtype)
+                hidden = torch.zeros(1, 1, config.hidden_size, dtype=config.params_dtype, device=device)
                 self._model.set_input_tensor(hidden)
             self._model(token, torch.zeros_like(token), None)
 
@@ -191,7 +193,7 @@ class MegatronEngine:
         if layout.is_last_stage:
             drawn = group.drawn
         else:
-            drawn = torch.empty(2, len(group.rows), dtype=torch.float64)
+            drawn = torch.empty(2, len(group.rows), dtype=torch.float64, device=layout.device)
             dist.recv(drawn, layout.stage_rank(layout.pp_size - 1), layout.pp_group, tag=group.index)
         assert drawn is not None
         group.record(drawn, sampling)
@@ -223,7 +225,8 @@ class _Attached:
 class _Group:
     """The sequences that travel together through the pipeline. The same on every stage of a replica.
 
-    `rows` are the indices of the sequences still in the batch; row r is sample r % n of prompt r // n.
+    `rows` are the indices of the sequences still in the batch; row r is sample r % n of prompt r // n. The
+    books are kept on the CPU; what the model computes with is on `device`.
     """
 
     index: int
@@ -231,6 +234,7 @@ class _Group:
     prompts: list[list[int]]
     all_uniforms: Tensor
     samples_per_prompt: int
+    device: torch.device
     caches: list[KVCache] = field(default_factory=list)
     drawn: Tensor | None = None
     step: int = 0  # tokens drawn so far
@@ -257,12 +261,12 @@ class _Group:
     def next_inputs(self) -> tuple[Tensor, Tensor]:
         """Token and position ids [B, S]: the right-padded prompts first, then one token a row."""
         if not self.in_prefill:
-            return self.last_tokens[:, None], self._positions()[:, None]
+            return self.last_tokens[:, None], self._positions()[:, None].to(self.device)
         longest = int(self.prompt_lengths.max())
         tokens = torch.zeros(len(self.prompts), longest, dtype=torch.long)
         for row, prompt in enumerate(self.prompts):
             tokens[row, : len(prompt)] = torch.tensor(prompt)
-        return tokens, torch.arange(longest)[None]
+        return tokens.to(self.device), torch.arange(longest, device=self.device)[None]
 
     def last_positions(self) -> Tensor:
         """Index into the forward's sequence dimension of each row's newest token."""
@@ -271,13 +275,13 @@ class _Group:
         return torch.zeros(len(self.rows), dtype=torch.long)
 
     def uniforms(self) -> Tensor:
-        return self.all_uniforms[self.rows, self.step]
+        return self.all_uniforms[self.rows, self.step].to(self.device)
 
     def decode_state(self) -> DecodeState | None:
         if self.in_prefill:
             return None
         positions = self._positions()
-        return DecodeState(positions, int(positions.max()) + 1)
+        return DecodeState(positions.to(self.device), int(positions.max()) + 1)
 
     def _positions(self) -> Tensor:
         return self.prompt_lengths[self.rows // self.samples_per_prompt] + self.step - 1
@@ -290,21 +294,22 @@ class _Group:
         shape = (len(self.prompts), groups, length, config.kv_channels)
         for chunk in model.chunks:
             for _ in chunk.core_attentions():
-                keys, values = (torch.zeros(shape, dtype=config.params_dtype) for _ in range(2))
+                keys, values = (
+                    torch.zeros(shape, dtype=config.params_dtype, device=self.device) for _ in range(2)
+                )
                 self.caches.append(KVCache(keys, values))
 
     def after_forward(self) -> None:
         if self.in_prefill:
-            for cache in self.caches:
-                cache.select(self.rows // self.samples_per_prompt)
+            self._select(self.rows // self.samples_per_prompt)
             self.in_prefill = False
 
     def record(self, drawn: Tensor, sampling: SamplingParams) -> None:
         """Append the drawn tokens to the rows that are unfinished, then compact the batch if it pays."""
         self.step += 1
-        drawn_tokens, drawn_logp = drawn[0].long(), drawn[1].tolist()
-        self.last_tokens = drawn_tokens
-        for place, (row, token) in enumerate(zip(self.rows.tolist(), drawn_tokens.tolist(), strict=True)):
+        self.last_tokens = drawn[0].long()
+        drawn_tokens, drawn_logp = self.last_tokens.tolist(), drawn[1].tolist()
+        for place, (row, token) in enumerate(zip(self.rows.tolist(), drawn_tokens, strict=True)):
             if not self.unfinished[place]:
                 continue
             self.tokens[row].append(token)
@@ -317,10 +322,14 @@ class _Group:
 
     def _compact(self) -> None:
         keep = self.unfinished.nonzero()[:, 0]
-        for cache in self.caches:
-            cache.select(keep)
+        self._select(keep)
         self.rows, self.last_tokens = self.rows[keep], self.last_tokens[keep]
         self.unfinished = self.unfinished[keep]
+
+    def _select(self, rows: Tensor) -> None:
+        places = rows.to(self.device)
+        for cache in self.caches:
+            cache.select(places)
 
     def sample(self, row: int, sampling: SamplingParams, version: int) -> Sample:
         return Sample(tuple(self.tokens[row]), tuple(self.logp[row]), self.stopped[row], version)

@@ -60,11 +60,7 @@ def servers(cfg: Config, shape: Mapping[str, Any]) -> Iterator[str]:
     rollout = cfg.rollout
     yield from _urls(cfg)
     if rollout.engine == "megatron":
-        if rollout.staleness:
-            yield (
-                f"rollout.staleness is {rollout.staleness} and rollout.engine megatron, whose processes are "
-                "busy with training; set rollout=vllm, or staleness 0"
-            )
+        yield from _embedded(cfg)
         return
     if rollout.server.sleep and not torch.cuda.is_available():
         yield (
@@ -104,6 +100,20 @@ def servers(cfg: Config, shape: Mapping[str, Any]) -> Iterator[str]:
         yield (
             f"rollout.server.engines x tp is {rollout.server.engines} x {rollout.server.tp} = {wanted} and a "
             f"replica has {gpus} GPUs, those of its ranks; lower one of them"
+        )
+
+
+def _embedded(cfg: Config) -> Iterator[str]:
+    """What the trainer's own processes cannot do."""
+    if cfg.rollout.staleness:
+        yield (
+            f"rollout.staleness is {cfg.rollout.staleness} and rollout.engine megatron, whose processes are "
+            "busy with training; set rollout=vllm, or staleness 0"
+        )
+    if cfg.parallel.pp > 1 and torch.cuda.is_available():
+        yield (
+            f"parallel.pp is {cfg.parallel.pp} and rollout.engine megatron, whose pipeline of decoded tokens "
+            "is written for CPUs; set rollout=vllm, or pp to 1"
         )
 
 

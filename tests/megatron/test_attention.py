@@ -18,6 +18,7 @@ from hpt_mega.megatron.attention import (
     _short_bf16_attention,
     causal_attention,
     packed_attention,
+    with_decoding,
 )
 from hpt_mega.megatron.variants import WindowAttention
 
@@ -74,8 +75,8 @@ def test_bf16_stays_within_its_round_off() -> None:
     torch.testing.assert_close(found.double(), expected_attention(*leaves), rtol=0.02, atol=0.02)
 
 
-def core() -> CoreAttention:
-    return CoreAttention(SimpleNamespace(context_parallel_size=1), 1)
+def core() -> Any:
+    return with_decoding(CoreAttention)(SimpleNamespace(context_parallel_size=1), 1)
 
 
 @pytest.mark.parametrize("heads", [2, 6])
