@@ -223,9 +223,9 @@ def report(lines: list[str], options: argparse.Namespace) -> str:
             "# Training on one GPU",
             "",
             f"Made by bench/gpu_speed.py on one {torch.cuda.get_device_name()}: {made}, transformer-engine "
-            f"{version('transformer-engine-cu13')}. {options.sequences} sequences of {LENGTH:,} tokens a "
-            f"step in micro-batches of {TOGETHER}; median of {options.steps} steps. Ours has fp32 master weights, "
-            "gradients and moments; FP8 is in the linear layers.",
+            f"{version('transformer-engine-cu13')}. A step is {options.sequences} sequences of {LENGTH:,} "
+            f"tokens, {TOGETHER} a micro-batch; median of {options.steps} steps. Ours has fp32 master "
+            "weights, gradients and moments; FP8 is in the linear layers.",
             "",
             *lines,
             "",
