@@ -204,6 +204,9 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("needs an NVIDIA GPU, and torch sees none here", file=sys.stderr)
+        sys.exit(77)
     columns = ["family", "transformers bf16", *(f"ours {name}" for name in precisions())]
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     print("\n".join(lines), flush=True)

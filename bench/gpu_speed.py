@@ -166,6 +166,9 @@ def main() -> None:
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("needs an NVIDIA GPU, and torch sees none here", file=sys.stderr)
+        sys.exit(77)
     if options.one:
         print(json.dumps(measure(*options.one, options)))
         return
