@@ -1,6 +1,6 @@
 """Memory over a long run: bench/results/soak.md.
 
-python bench/soak.py [--minutes 30]   # the demo and a toy model beside each other; RSS from health.jsonl
+python bench/soak.py [--minutes 30] [--runs demo toy]   # beside each other; RSS from health.jsonl
 """
 
 from __future__ import annotations
@@ -18,18 +18,27 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from tests.toy import save_toy, settings
 
 WARM_UP = 10
+# fewer samples a step than the demo's, for more steps: what one of them leaves behind is what counts
+SMALL_STEPS = (
+    "trainer.questions_per_step=4",
+    "rollout.rollouts_per_question=4",
+    "data.heldout_questions=24",
+    "trainer.save_every=50",
+)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--minutes", type=float, default=30)
+    parser.add_argument("--runs", nargs="+", choices=("demo", "toy"), default=["demo", "toy"])
     parser.add_argument("--out", type=Path, default=Path("bench/results/soak.md"))
     options = parser.parse_args()
     minutes: float = options.minutes
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         toy = [*settings(save_toy(root / "model")), "trainer.save_every=50"]
-        runs = {"demo": ["experiment=demo"], "toy": toy}
+        known = {"demo": ["experiment=demo", *SMALL_STEPS], "toy": toy}
+        runs = {name: known[name] for name in options.runs}
         processes = [start(overrides, root / name) for name, overrides in runs.items()]
         end = time.monotonic() + minutes * 60
         while time.monotonic() < end and all(process.poll() is None for process in processes):
@@ -42,10 +51,10 @@ def main() -> None:
         [
             "# Memory over a long run",
             "",
-            f"`python bench/soak.py --minutes {minutes:g}`: the demo and the toy model of tests/toy.py, with",
-            f"a checkpoint every 50 steps, at once, parallel=single, after {WARM_UP} steps of warm-up.",
-            "Growth is the slope of a straight line through all steps, or their second half, over the",
-            "mean, in 100 steps.",
+            f"`python bench/soak.py --minutes {minutes:g} --runs {' '.join(runs)}`: the demo (4 questions",
+            "a step, 4 samples each), the toy model of tests/toy.py; a checkpoint every 50 steps, at once,",
+            f"parallel=single, after {WARM_UP} steps of warm-up. Growth is the slope of a straight line",
+            "through all steps, or their second half, over the mean, in 100 steps.",
             "",
             "| run | rank | steps | first, MiB | last, MiB | most | growth | in the second half |",
             "|---|---|---|---|---|---|---|---|",

@@ -4,7 +4,7 @@
 #   tools/gpu_smoke.sh [OUT.json]        (default: runs/gpu_smoke.json)
 #
 # Exit code 0 where no check failed; a check that this machine cannot run is skipped, with the reason. HPT_PYTHON names
-# the interpreter, LIMIT the seconds a check may take. It was written without a GPU and has not been run on one.
+# the interpreter, LIMIT the seconds a check may take. Of its checks only the first has been run on a GPU.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 2
 out=${1:-runs/gpu_smoke.json}
