@@ -12,7 +12,7 @@ demo: $(VENV)/.cpu $(if $(ROLLOUT),$(VENV)/.$(ROLLOUT)) $(MODEL)/config.json
 	$(BIN)/hpt train experiment=demo $(if $(ROLLOUT),rollout=$(ROLLOUT))
 
 test: $(VENV)/.dev $(MODEL)/config.json
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
