@@ -1,6 +1,6 @@
 """SIGKILL at random instants of a run, resumed each time: bench/results/crash.md.
 
-python bench/crash.py [--kills 50] [--minutes 60]   # a toy model with the demo's tokenizer, one process, CPU
+python bench/crash.py [--kills 50] [--minutes 60] [--case vllm]   # a toy model, one process each, CPU
 
 Every run is a fork of a process that has imported what a training process does, and is itself what is killed.
 What launchers and torchrun make of a kill is in tests/test_train.py. The cases run beside each other.
@@ -39,7 +39,7 @@ SAVE_EVERY = 3
 STEPS = 100_000  # the rate's schedule knows the number, so that killed and unbroken runs have the same
 DEADLINE_S = 900.0
 FOLLOWS = {"rollout": "reward", "reward": "train", "train": "sync"}
-AIMS = ("anywhere", "rollout", "train", "checkpoint")
+AIMS = ("anywhere", "rollout", "train", "checkpoint")  # "later": two checkpoints on, so that a run gets on
 
 
 @dataclass
@@ -63,7 +63,7 @@ class Case:
 def cases() -> list[Case]:
     served = ("rollout=vllm", "precision=fp32", "rollout.server.bucket_mib=2")
     served += ("rollout.server.start_deadline_s=1200",)
-    aims = ("sync", "anywhere", "checkpoint", "sync", "train")  # the embedded engine's takes microseconds
+    aims = ("later", "sync", "train", "later", "checkpoint", "sync", "anywhere")
     return [
         Case("embedded engine", (), 0.5, SAVE_EVERY),
         Case("trainer.async_save=true", ("trainer.async_save=true",), 0.4, 2 * SAVE_EVERY),
@@ -121,7 +121,10 @@ def kill_one(case: Case, aim: str, run_dir: Path, model: Path, dice: random.Rand
     if aim == "checkpoint":
         wait("a checkpoint", lambda: is_writing(run_dir), pid, log)
         time.sleep(dice.uniform(0, 0.1))
-    elif aim == "anywhere":
+    elif aim in ("anywhere", "later"):
+        known = len(metrics(run_dir))
+        further = 2 * SAVE_EVERY if aim == "later" else 0
+        wait("further steps", lambda: len(metrics(run_dir)) >= known + further, pid, log)
         time.sleep(dice.uniform(0, 3))
     else:
         wait(aim, lambda: phase(run_dir) == aim, pid, log)
@@ -219,14 +222,18 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--minutes", type=float, default=60)
+    parser.add_argument("--case", help="only the cases with this in their name; they get all kills")
     parser.add_argument("--out", type=Path, default=Path("bench/results/crash.md"))
     options = parser.parse_args()
+    chosen = [case for case in cases() if (options.case or "") in case.name]
+    share = sum(case.share for case in chosen)
     shared, found = set(os.listdir("/dev/shm")), []
     with tempfile.TemporaryDirectory() as folder:
         running = []
-        for number, case in enumerate(cases()):
+        for number, case in enumerate(chosen):
             result, log = Path(folder) / f"{number}.json", Path(folder) / f"{number}.log"
-            given = (case, round(case.share * options.kills), options.minutes, random.Random(number), result)
+            kills = round(case.share / share * options.kills)
+            given = (case, kills, options.minutes, random.Random(number), result)
             running.append((fork(partial(run, *given), log), result, log))
         for pid, result, log in running:
             if os.waitpid(pid, 0)[1]:
