@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.multiprocessing as mp
 
-DEADLINE_S = 240.0
+DEADLINE_S = 480.0
 IMPORTED = ["hpt_mega.worker"]  # which imports all that ranks use
 
 
