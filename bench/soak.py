@@ -22,6 +22,7 @@ WARM_UP = 10
 SMALL_STEPS = (
     "trainer.questions_per_step=4",
     "rollout.rollouts_per_question=4",
+    "rollout.max_new_tokens=32",
     "data.heldout_questions=24",
     "trainer.save_every=50",
 )
@@ -52,9 +53,9 @@ def main() -> None:
             "# Memory over a long run",
             "",
             f"`python bench/soak.py --minutes {minutes:g} --runs {' '.join(runs)}`: the demo (4 questions",
-            "a step, 4 samples each), the toy model of tests/toy.py; a checkpoint every 50 steps, at once,",
-            f"parallel=single, after {WARM_UP} steps of warm-up. Growth is the slope of a straight line",
-            "through all steps, or their second half, over the mean, in 100 steps.",
+            "a step, 4 samples of 32 tokens each), the toy model of tests/toy.py; a checkpoint every 50",
+            f"steps, at once, parallel=single, after {WARM_UP} steps of warm-up. Growth is the slope of a",
+            "straight line through all steps, or their second half, over the mean, in 100 steps.",
             "",
             "| run | rank | steps | first, MiB | last, MiB | most | growth | in the second half |",
             "|---|---|---|---|---|---|---|---|",
