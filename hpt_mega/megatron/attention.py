@@ -171,7 +171,7 @@ def causal_attention(query_SBND: Tensor, key_LBGD: Tensor, value_LBGD: Tensor) -
 
     The queries stand at the last S of the L positions.
     """
-    if query_SBND.dtype is torch.bfloat16 and len(query_SBND) <= _SHORT:
+    if query_SBND.is_cpu and query_SBND.dtype is torch.bfloat16 and len(query_SBND) <= _SHORT:
         return _short_bf16_attention(query_SBND, key_LBGD, value_LBGD)
     query, key, value = (x.permute(1, 2, 0, 3) for x in (query_SBND, key_LBGD, value_LBGD))
     earlier = key.shape[2] - query.shape[2]
