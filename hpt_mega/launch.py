@@ -9,6 +9,7 @@ import json
 import os
 import re
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -48,6 +49,7 @@ def start_processes(world_size: int, config_path: Path, worker: str) -> int:
     logs.mkdir(exist_ok=True)
     for stale in [*logs.glob("*.log"), *logs.glob("failure_rank*.json")]:
         stale.unlink()
+    shutil.rmtree(logs / "torchrun", ignore_errors=True)
     command = torchrun_command(world_size, config_path, worker)
     code = _supervise(command, _environment(world_size), logs / "torchrun.log")
     if 0 < code < 128:
@@ -57,10 +59,12 @@ def start_processes(world_size: int, config_path: Path, worker: str) -> int:
 
 def torchrun_command(world_size: int, config_path: Path, worker: str = WORKER) -> list[str]:
     """torchrun on this machine alone, over the loopback interface, without restarts."""
+    own_files = config_path.parent / "logs" / "torchrun"  # or it leaves a folder in /tmp
     return [
         sys.executable,
         *("-m", "torch.distributed.run", "--standalone", "--nnodes=1", f"--nproc-per-node={world_size}"),
-        *("--local-addr=127.0.0.1", "--max-restarts=0", "-m", "hpt_mega.launch", str(config_path), worker),
+        *("--local-addr=127.0.0.1", "--max-restarts=0", f"--log-dir={own_files}"),
+        *("-m", "hpt_mega.launch", str(config_path), worker),
     ]
 
 
