@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+CLOCKED = ("timing", "sync/send_s", "sync/verify_s", "sync/gb_per_s")
 TOKENIZER = Path(__file__).parents[1] / "models" / "smollm2-135m-instruct"
 
 
@@ -58,4 +59,4 @@ def metrics(run_dir: Path) -> list[dict[str, Any]]:
     """metrics.jsonl without what a clock measured."""
     file = run_dir / "metrics.jsonl"
     records = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
-    return [{key: value for key, value in record.items() if key != "timing"} for record in records]
+    return [{key: value for key, value in record.items() if key not in CLOCKED} for record in records]
