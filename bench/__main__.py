@@ -14,9 +14,10 @@ import sys
 import time
 from pathlib import Path
 
+from bench._gpu import SKIPPED
+
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
-SKIPPED = 77  # the exit code of a benchmark that this machine cannot run
 
 
 def scripts() -> dict[str, Path]:

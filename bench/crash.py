@@ -118,13 +118,13 @@ def kill_one(case: Case, aim: str, run_dir: Path, model: Path, dice: random.Rand
     begun, log = size(run_dir), run_dir.with_suffix(".log")
     pid = start(case, run_dir, model)
     wait("a step", lambda: size(run_dir) > begun, pid, log)
+    if aim == "later":
+        known = len(metrics(run_dir))
+        wait("further steps", lambda: len(metrics(run_dir)) >= known + 2 * SAVE_EVERY, pid, log)
     if aim == "checkpoint":
         wait("a checkpoint", lambda: is_writing(run_dir), pid, log)
         time.sleep(dice.uniform(0, 0.1))
     elif aim in ("anywhere", "later"):
-        known = len(metrics(run_dir))
-        further = 2 * SAVE_EVERY if aim == "later" else 0
-        wait("further steps", lambda: len(metrics(run_dir)) >= known + further, pid, log)
         time.sleep(dice.uniform(0, 3))
     else:
         wait(aim, lambda: phase(run_dir) == aim, pid, log)
@@ -226,6 +226,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("bench/results/crash.md"))
     options = parser.parse_args()
     chosen = [case for case in cases() if (options.case or "") in case.name]
+    if not chosen:
+        parser.error(f"--case {options.case}: expected a part of {', '.join(case.name for case in cases())}")
     share = sum(case.share for case in chosen)
     shared, found = set(os.listdir("/dev/shm")), []
     with tempfile.TemporaryDirectory() as folder:

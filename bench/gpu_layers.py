@@ -16,12 +16,12 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for tests
 
+import _gpu
 import torch
 import transformers as hf
 from precision import learner_of
@@ -30,7 +30,7 @@ from torch import Tensor
 from hpt_mega.checkpoint.hf import HFCheckpoint
 from hpt_mega.checkpoint.weights import own_entries
 from hpt_mega.config import Fp8Config, compose
-from hpt_mega.doctor import FP8_NEEDS
+from hpt_mega.doctor import fp8_recipes
 from hpt_mega.megatron import runtime
 from hpt_mega.megatron.step import forward_backward
 from hpt_mega.trajectory import Source, Trajectory
@@ -168,7 +168,7 @@ def errors(found: Outcome, right: Outcome) -> tuple[float, float]:
 def precisions() -> dict[str, tuple[str, Fp8Config]]:
     """Those that this GPU has kernels for."""
     major, minor = torch.cuda.get_device_capability()
-    able = [name for name, needed in FP8_NEEDS.items() if major + minor / 10 >= needed]
+    able = fp8_recipes(major + minor / 10)
     fp8 = {f"fp8_{name}": ("bf16", compose([f"precision=fp8_{name}"]).precision.fp8) for name in able}
     return {"fp32": ("fp32", Fp8Config()), "bf16": ("bf16", Fp8Config()), **fp8}
 
@@ -204,9 +204,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    if not torch.cuda.is_available():
-        print("needs an NVIDIA GPU, and torch sees none here", file=sys.stderr)
-        sys.exit(77)
+    _gpu.require()
     columns = ["family", "transformers bf16", *(f"ours {name}" for name in precisions())]
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     print("\n".join(lines), flush=True)
@@ -218,13 +216,11 @@ def main() -> None:
 
 
 def report(lines: list[str]) -> str:
-    made = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "megatron-core"))
     return "\n".join(
         [
             "# Transformer Engine's layers on a GPU",
             "",
-            f"Made by bench/gpu_layers.py on one {torch.cuda.get_device_name()}: {made}, transformer-engine "
-            f"{version('transformer-engine-cu13')}.",
+            _gpu.made_by("gpu_layers"),
             "",
             f"3 layers, hidden 256; {len(LENGTHS)} sequences of {min(LENGTHS)} to {max(LENGTHS)} tokens in "
             "one packed row (latent attention: one sequence). A cell: mean distance of a response token's "

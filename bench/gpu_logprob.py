@@ -9,11 +9,11 @@ less the two gradients that every path has to return. Needs an NVIDIA GPU.
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import _gpu
 import torch
 from torch import Tensor
 
@@ -82,9 +82,7 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    if not torch.cuda.is_available():
-        print("needs an NVIDIA GPU, and torch sees none here", file=sys.stderr)
-        sys.exit(77)
+    _gpu.require()
     lines = [
         "| dtype | vocabulary x width | three products, ms | ours | log_softmax | cross_entropy |",
         "|---|---|---|---|---|---|",

@@ -19,13 +19,13 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
 os.environ.setdefault("MASTER_PORT", "29535")
 
+import _gpu
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -35,30 +35,29 @@ from hpt_mega.planning.job import Job, Layout
 from hpt_mega.planning.models import ModelShape
 from hpt_mega.planning.search import plan
 from hpt_mega.trajectory import Source, Trajectory
+from hpt_mega.worker import build_learner
+from tests.megatron.tiny import build_policy
 
 GIB = 2**30
 VOCABULARY, LENGTH, TOGETHER = 128256, 4096, 2  # tokens of a sequence, sequences of a micro-batch
+
+
+def llama(hidden: int, layers: int, ffn: int, *, tied: bool) -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        intermediate_size=ffn,
+        max_position_embeddings=8192,
+        tie_word_embeddings=tied,
+    )
+
+
 SHAPES = {
-    "Llama 3.2 1B": LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=2048,
-        num_hidden_layers=16,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        intermediate_size=8192,
-        max_position_embeddings=8192,
-        tie_word_embeddings=True,
-    ),
-    "Llama 3.1 8B, 8 of its 32 layers": LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=4096,
-        num_hidden_layers=8,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        intermediate_size=14336,
-        max_position_embeddings=8192,
-        tie_word_embeddings=False,
-    ),
+    "Llama 3.2 1B": llama(2048, 16, 8192, tied=True),
+    "Llama 3.1 8B, 8 of its 32 layers": llama(4096, 8, 14336, tied=False),
 }
 WAYS = ("transformers", "bf16", "fp8_delayed", "fp8_tensorwise", "fp8_blockwise")
 
@@ -71,23 +70,11 @@ def sequences(count: int, step: int) -> list[Trajectory]:
 
 
 def ours(folder: Path, precision: str) -> Callable[[list[Trajectory]], None]:
-    from hpt_mega.checkpoint.hf import HFCheckpoint
-    from hpt_mega.checkpoint.weights import load_hf
-    from hpt_mega.megatron import runtime
-    from hpt_mega.megatron.model import DTYPES, build_model
-    from hpt_mega.resharding.mapping import family_for
-    from hpt_mega.worker import build_learner
-
     base = compose(["algorithm=sft", f"precision={precision}"])
     trainer = replace(base.trainer, tokens_per_microbatch=TOGETHER * LENGTH)
     cfg = replace(base, parallel=ParallelConfig(1, 1, 1), trainer=trainer)
-    layout = runtime.initialize(cfg)
-    checkpoint = HFCheckpoint(folder)
-    family = family_for(checkpoint.config)
-    shape = family.read_shape(checkpoint.config)
-    model = build_model(shape, cfg.parallel, layout, DTYPES[cfg.precision.dtype], fp8=cfg.precision.fp8)
-    load_hf(model, checkpoint, family, shape, layout)
-    learner = build_learner(cfg, layout, model, shape)
+    policy = build_policy(folder, cfg, train=False)
+    learner = build_learner(cfg, policy.layout, policy.model, policy.shape)
 
     def step(batch: list[Trajectory]) -> None:
         learner.learn(batch, 0)
@@ -166,9 +153,7 @@ def main() -> None:
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    if not torch.cuda.is_available():
-        print("needs an NVIDIA GPU, and torch sees none here", file=sys.stderr)
-        sys.exit(77)
+    _gpu.require()
     if options.one:
         print(json.dumps(measure(*options.one, options)))
         return
@@ -220,15 +205,13 @@ def described(
 
 
 def report(lines: list[str], options: argparse.Namespace) -> str:
-    made = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "megatron-core"))
     return "\n".join(
         [
             "# Training on one GPU",
             "",
-            f"Made by bench/gpu_speed.py on one {torch.cuda.get_device_name()}: {made}, transformer-engine "
-            f"{version('transformer-engine-cu13')}. A step is {options.sequences} sequences of {LENGTH:,} "
-            f"tokens, {TOGETHER} a micro-batch; median of {options.steps} steps. Ours has fp32 master "
-            "weights, gradients and moments; FP8 is in the linear layers.",
+            f"{_gpu.made_by('gpu_speed')} A step is {options.sequences} sequences of {LENGTH:,} tokens, "
+            f"{TOGETHER} a micro-batch; median of {options.steps} steps. Ours has fp32 master weights, "
+            "gradients and moments; FP8 is in the linear layers.",
             "",
             *lines,
             "",

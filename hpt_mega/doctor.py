@@ -119,6 +119,11 @@ def _is_nvidia_apex() -> bool:
     return any((folder / "optimizers" / "fused_adam.py").is_file() for folder in _apex_folders())
 
 
+def fp8_recipes(capability: float) -> list[str]:
+    """The recipes that a GPU of this compute capability has kernels for."""
+    return [recipe for recipe, needed in FP8_NEEDS.items() if capability >= needed]
+
+
 def _capability() -> float:
     major, minor = torch.cuda.get_device_capability()
     return major + minor / 10
@@ -209,7 +214,7 @@ def _pieces(
 def _fp8(capability: float | None, engine: bool) -> str:
     if capability is None:
         return "emulated in torch: delayed, tensorwise, blockwise, mxfp8"
-    able = [recipe for recipe, needed in FP8_NEEDS.items() if capability >= needed]
+    able = fp8_recipes(capability)
     if not able or not engine:
         return "none" if engine else "none: it needs transformer-engine"
     return f"Transformer Engine: {', '.join(able)}"

@@ -117,10 +117,10 @@ def fp8_against_bf16(scratch: Path) -> dict[str, Any]:
 
     from bench import precision as bench
     from hpt_mega.config import Fp8Config, compose
-    from hpt_mega.doctor import FP8_NEEDS
+    from hpt_mega.doctor import fp8_recipes
 
     major, minor = torch.cuda.get_device_capability()
-    able = [name for name, needed in FP8_NEEDS.items() if major + minor / 10 >= needed]
+    able = fp8_recipes(major + minor / 10)
     if not able:
         raise SkipError(f"compute capability {major}.{minor} has no FP8")
     scratch.mkdir(parents=True, exist_ok=True)

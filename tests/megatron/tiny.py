@@ -221,7 +221,8 @@ def build_policy(folder: Path, cfg: Config, *, train: bool = True) -> Policy:
     checkpoint = HFCheckpoint(folder)
     family = family_for(checkpoint.config)
     shape = family.read_shape(checkpoint.config)
-    model = build_model(shape, cfg.parallel, layout, DTYPES[cfg.precision.dtype])
+    precision = cfg.precision
+    model = build_model(shape, cfg.parallel, layout, DTYPES[precision.dtype], fp8=precision.fp8)
     load_hf(model, checkpoint, family, shape, layout)
     wrapped = wrap_data_parallel(model, cfg) if train else None
     optimizer = build_optimizer(wrapped, cfg) if train else None
