@@ -20,10 +20,10 @@ from tests.toy import save_toy, settings
 WARM_UP = 10
 # fewer samples a step than the demo's, for more steps: what one of them leaves behind is what counts
 SMALL_STEPS = (
-    "trainer.questions_per_step=4",
+    "trainer.questions_per_step=2",
     "rollout.rollouts_per_question=4",
-    "rollout.max_new_tokens=32",
-    "data.heldout_questions=24",
+    "rollout.max_new_tokens=16",
+    "data.heldout_questions=8",
     "trainer.save_every=50",
 )
 
@@ -52,8 +52,8 @@ def main() -> None:
         [
             "# Memory over a long run",
             "",
-            f"`python bench/soak.py --minutes {minutes:g} --runs {' '.join(runs)}`: the demo (4 questions",
-            "a step, 4 samples of 32 tokens each), the toy model of tests/toy.py; a checkpoint every 50",
+            f"`python bench/soak.py --minutes {minutes:g} --runs {' '.join(runs)}`: the demo (2 questions",
+            "a step, 4 samples of 16 tokens each), the toy model of tests/toy.py; a checkpoint every 50",
             f"steps, at once, parallel=single, after {WARM_UP} steps of warm-up. Growth is the slope of a",
             "straight line through all steps, or their second half, over the mean, in 100 steps.",
             "",
