@@ -42,7 +42,11 @@ def main() -> None:
         runs = {name: known[name] for name in options.runs}
         processes = [start(overrides, root / name) for name, overrides in runs.items()]
         end = time.monotonic() + minutes * 60
-        while time.monotonic() < end and all(process.poll() is None for process in processes):
+        while time.monotonic() < end:
+            for name, process in zip(runs, processes, strict=True):
+                if process.poll() is not None:
+                    said = (root / f"{name}.out").read_text()[-2000:]
+                    raise SystemExit(f"the {name} run ended with code {process.returncode}:\n{said}")
             time.sleep(1)
         for process in processes:
             process.terminate()
@@ -70,7 +74,8 @@ def main() -> None:
 def start(overrides: list[str], run_dir: Path) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "hpt_mega.cli", "train", *overrides, "parallel=single"]
     command += ["trainer.steps=100000", f"run_dir={run_dir}"]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    with run_dir.with_suffix(".out").open("w") as out:
+        return subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
 
 
 def table(name: str, run_dir: Path) -> list[str]:

@@ -260,7 +260,7 @@ class TrainerConfig:
     # of the distributed optimizer's state: dp_reshardable loads at another dp and cp; fully_reshardable at
     # any layout, and every rank holds the whole state while it is saved
     checkpoint_format: str = "dp_reshardable"
-    deterministic: bool = False
+    deterministic: bool = False  # the same bits in every run; on GPUs at the price of slower algorithms
     export_hf: bool = True
     deadline_s: float = 600.0  # longest wait for another rank in one phase
 

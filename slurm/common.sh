@@ -8,7 +8,8 @@
 #   APPTAINER      an image for apptainer; default: none
 #   MOUNTS         further folders a container sees, with commas
 #   MIN_DISK_GIB   free space that every node must have in the run's folder (50)
-#   ROLLOUT_NODES  the job's last nodes, so many, run `hpt serve`, the others train (0: engines and training share all)
+#   ROLLOUT_NODES  the job's last nodes, so many, run `hpt serve`, the others train (0: engines and training share
+#                  all; hpt_moe.sh: 4)
 #   ROLLOUT_HOSTS  the addresses of those nodes, with commas; default: their names
 #   PREFLIGHT      0 leaves the checks of the nodes out (1)
 #   SRUN_OPTIONS   further options of every srun
@@ -18,6 +19,8 @@ set -euo pipefail
 
 HPT_ROOT=${HPT_ROOT:-${SLURM_SUBMIT_DIR:-$PWD}}
 HPT_PYTHON=${HPT_PYTHON:-$HPT_ROOT/.venv/bin/python}
+# A script whose --nodes count nodes that serve says how many in OWN_ROLLOUT_NODES.
+ROLLOUT_NODES=${ROLLOUT_NODES:-${OWN_ROLLOUT_NODES:-0}}
 DRY_RUN=
 ARGUMENTS=()
 
@@ -124,15 +127,16 @@ enter_job() {
     return 0
   fi
   local -a more=()
-  # the script's nodes train, those that serve are asked for beside them
-  if [ "${ROLLOUT_NODES:-0}" != 0 ]; then more=(--nodes=$(($(sbatch_value nodes 1) + ROLLOUT_NODES))); fi
+  # nodes that serve are asked for beside those that train
+  local nodes=$(($(sbatch_value nodes 1) + ROLLOUT_NODES - ${OWN_ROLLOUT_NODES:-0}))
+  if [ "$ROLLOUT_NODES" != "${OWN_ROLLOUT_NODES:-0}" ]; then more=(--nodes="$nodes"); fi
   local submit=(sbatch "${more[@]}" "$0" "${ARGUMENTS[@]}")
   if [ -z "$DRY_RUN" ]; then
     "${submit[@]}"
     return 1
   fi
   show "${submit[@]}"
-  SLURM_JOB_NUM_NODES=$(($(sbatch_value nodes 1) + ${ROLLOUT_NODES:-0}))
+  SLURM_JOB_NUM_NODES=$nodes
   SLURM_NTASKS=$((SLURM_JOB_NUM_NODES * $(sbatch_value ntasks-per-node 1)))
   SLURM_GPUS_ON_NODE=$(sbatch_value gpus-per-node "")
 }
@@ -157,7 +161,7 @@ job_nodes() {
 # overrides by which the trainer finds the servers; the last two are empty where ROLLOUT_NODES is 0.
 split_nodes() {
   local -a nodes hosts urls
-  local training port=$((10000 + ${SLURM_JOB_ID:-0} % 10000)) count=${ROLLOUT_NODES:-0}
+  local training port=$((10000 + ${SLURM_JOB_ID:-0} % 10000)) count=$ROLLOUT_NODES
   TRAINING=(--ntasks="${SLURM_NTASKS:-1}") SERVING=() SERVED=()
   [ "$count" != 0 ] || return 0
   mapfile -t nodes < <(job_nodes)

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # HPT on Llama-3.1-70B, 8 nodes of 8 H100: sbatch slurm/hpt_70b.sh [KEY=VALUE...]
 # Look first: hpt dryrun experiment=hpt_70b; bash slurm/hpt_70b.sh --dry-run. Settings: slurm/common.sh.
-# The engine decodes on the training GPUs (colocated); with two nodes of vLLM beside them (disaggregated):
-#   ROLLOUT_NODES=2 sbatch --nodes=10 slurm/hpt_70b.sh rollout.server.tp=8
+# vLLM shares the GPUs of each replica's first node (colocated); on two nodes of its own (disaggregated):
+#   ROLLOUT_NODES=2 sbatch --nodes=10 slurm/hpt_70b.sh
 #SBATCH --job-name=hpt_70b
 #SBATCH --nodes=8
 #SBATCH --ntasks-per-node=8

@@ -1,10 +1,9 @@
 #!/usr/bin/env bash
-# HPT on Qwen3-235B-A22B, 32 nodes of 8 H100: sbatch slurm/hpt_moe.sh [KEY=VALUE...]
+# HPT on Qwen3-235B-A22B, 32 nodes of 8 H100 that train and 4 that serve: sbatch slurm/hpt_moe.sh [KEY=VALUE...]
 # Look first: hpt dryrun experiment=hpt_moe; bash slurm/hpt_moe.sh --dry-run. Settings: slurm/common.sh.
-# The engine decodes on the training GPUs (colocated). With ROLLOUT_NODES (slurm/common.sh) a server is brought
-# the weights of one replica, which must hold all experts: lower parallel.ep first.
+# A vLLM server takes a whole node, and each replica needs one: parallel.dp is how many nodes serve at least.
 #SBATCH --job-name=hpt_moe
-#SBATCH --nodes=32
+#SBATCH --nodes=36
 #SBATCH --ntasks-per-node=8
 #SBATCH --gpus-per-node=8
 #SBATCH --cpus-per-task=8
@@ -15,6 +14,7 @@
 #SBATCH --signal=B:USR1@900
 #SBATCH --output=slurm-%x-%j.out
 # shellcheck source=slurm/common.sh
+OWN_ROLLOUT_NODES=4 # of the 36
 source "${HPT_ROOT:-${SLURM_SUBMIT_DIR:-.}}/slurm/common.sh"
 parse_arguments "$@"
 run_training experiment=hpt_moe "${ARGUMENTS[@]}"

@@ -195,6 +195,16 @@ def test_on_gpus_the_trainers_own_processes_do_not_decode_through_a_pipeline(
     assert problems(*given, "parallel.pp=1") == ""
 
 
+def test_on_gpus_a_context_is_not_shared_in_fp32(
+    model_folder: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = (f"model.path={model_folder()}", f"run_dir={tmp_path}/run", "parallel.pp=1", "parallel.cp=2")
+    assert problems(*given, "precision=fp32") == ""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert "in bf16 and fp16 only" in problems(*given, "precision=fp32")
+    assert problems(*given, "precision=bf16") == problems(*given[:3], "precision=fp32") == ""
+
+
 def test_servers_sleep_on_a_gpu_and_only_where_they_do_not_work_during_training(
     model_folder: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

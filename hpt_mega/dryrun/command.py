@@ -93,8 +93,7 @@ def as_json(cfg: Config, found: Findings) -> dict[str, Any]:
             for built in found.ranks
         ],
         "stages": [
-            stage.training.parts() | {"kv_cache": stage.kv_cache, "total": stage.total}
-            for stage in found.stages
+            stage.training.parts() | {"engine": stage.engine, "total": stage.total} for stage in found.stages
         ],
     }
 
@@ -128,7 +127,7 @@ def _table(found: Findings, gpu: Hardware) -> Any:
 
     parts = list(found.stages[0].training.parts())
     table = Table(
-        *("stage", "layers", "parameters", *parts, "KV cache", "total"),
+        *("stage", "layers", "parameters", *parts, "engine", "total"),
         title=f"a GPU of each stage, GiB of {gpu.memory_gib:.1f} on {gpu.name} (estimated; parameters built)",
     )
     built_by_stage = {built.stage: built for built in reversed(found.ranks)}
@@ -139,7 +138,7 @@ def _table(found: Findings, gpu: Hardware) -> Any:
             _span(built.layers) if built else "",
             f"{built.parameters / 1e9:.3f} B" if built else "",
             *(f"{gib:.1f}" for gib in stage.training.parts().values()),
-            f"{stage.kv_cache:.1f}",
+            f"{stage.engine:.1f}",
             f"{stage.total:.1f}",
         )
     return table

@@ -10,6 +10,7 @@ from typing import Any
 
 from hpt_mega import planning
 from hpt_mega.config import Config
+from hpt_mega.planning import Hardware
 from hpt_mega.planning.memory import GIB, RUNTIME_GIB, stage_memories
 from hpt_mega.planning.rollout import kv_bytes_per_token
 from hpt_mega.resharding.mapping import ModelShape
@@ -20,13 +21,24 @@ class Stage:
     """GiB on a GPU of one pipeline stage."""
 
     training: planning.Memory
-    kv_cache: float  # of the embedded engine, at its largest
+    engine: float  # the embedded engine's KV cache at its largest, or the share of a server on the same GPUs
+    engine_stays: bool  # in memory while the trainer works
 
     @property
     def total(self) -> float:
         """Of the fuller of the two phases; while the engine decodes, gradients and optimizer stay put."""
         held = self.training.weights + self.training.gradients + self.training.optimizer
-        return max(self.training.total, held + RUNTIME_GIB + self.kv_cache)
+        training = self.training.total + (self.engine if self.engine_stays else 0.0)
+        return max(training, held + RUNTIME_GIB + self.engine)
+
+
+@dataclass(frozen=True)
+class Served:
+    """GiB on a GPU of a server of rollouts."""
+
+    room: float  # that rollout.server.gpu_memory_share gives it
+    weights: float
+    sequence: float  # KV cache of the longest one
 
 
 @dataclass(frozen=True)
@@ -59,7 +71,7 @@ def batch(cfg: Config) -> Batch:
     )
 
 
-def stages(cfg: Config, shape: ModelShape) -> list[Stage]:
+def stages(cfg: Config, shape: ModelShape, gpu: Hardware) -> list[Stage]:
     """Memory of each pipeline stage. Raises PlanError where the layout is impossible."""
     parallel, cut = cfg.parallel, batch(cfg)
     sized = planned_shape(shape)
@@ -75,9 +87,26 @@ def stages(cfg: Config, shape: ModelShape) -> list[Stage]:
         **{key: getattr(parallel, key) for key in ("tp", "pp", "vpp", "cp", "ep", "etp", "recompute")}
     )
     found = stage_memories(sized, job, layout)
-    cached = cfg.rollout.max_sequences * cut.longest if cfg.rollout.engine == "megatron" else 0
-    kv_cache = cached * kv_bytes_per_token(sized, parallel.tp) / parallel.pp / GIB
-    return [Stage(training, kv_cache) for training in found]
+    server, embedded = cfg.rollout.server, cfg.rollout.engine == "megatron"
+    engine = 0.0  # on other GPUs
+    if embedded:
+        cached = cfg.rollout.max_sequences * cut.longest
+        engine = cached * kv_bytes_per_token(sized, parallel.tp) / parallel.pp / GIB
+    elif not server.urls:
+        engine = server.gpu_memory_share * gpu.memory_gib
+    return [Stage(training, engine, not embedded and not server.sleep) for training in found]
+
+
+def served(cfg: Config, shape: ModelShape, gpu: Hardware) -> Served | None:
+    """What a server has and needs, its weights in 16 bits; None where the trainer's processes decode."""
+    if cfg.rollout.engine == "megatron":
+        return None
+    sized, tp = planned_shape(shape), cfg.rollout.server.tp
+    return Served(
+        room=cfg.rollout.server.gpu_memory_share * gpu.memory_gib,
+        weights=2 * sized.parameters() / tp / GIB,
+        sequence=kv_bytes_per_token(sized, tp) * batch(cfg).longest / GIB,
+    )
 
 
 def planned_shape(shape: ModelShape) -> planning.ModelShape:

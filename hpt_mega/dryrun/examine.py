@@ -14,7 +14,7 @@ from typing import Any
 from hpt_mega.checkpoint.hf import HFCheckpoint
 from hpt_mega.checkpoint.megatron_folder import companions_for
 from hpt_mega.config import Config, ConfigError, ParallelConfig, conf_dir
-from hpt_mega.dryrun.estimate import Batch, Stage, batch, planned_shape, stages
+from hpt_mega.dryrun.estimate import Batch, Stage, batch, planned_shape, served, stages
 from hpt_mega.dryrun.rank import BuiltRank, build_rank
 from hpt_mega.megatron.model import DTYPES
 from hpt_mega.planning import Hardware, Layout, PlanError
@@ -45,7 +45,7 @@ def examine(cfg: Config, gpu: Hardware, chosen: Sequence[int] | None) -> Finding
     """
     found = Findings(missing=missing_here(cfg))
     config = _model_config(cfg)
-    found.problems += contradictions(cfg, config)
+    found.problems += contradictions(cfg, config, on_gpu=True)
     if found.problems:
         return found
     ranks = typical_ranks(cfg.parallel) if chosen is None else chosen
@@ -64,11 +64,11 @@ def examine(cfg: Config, gpu: Hardware, chosen: Sequence[int] | None) -> Finding
     found.problems += _coverage(found, family, shape, cfg.parallel)
     found.batch = batch(cfg)
     try:
-        found.stages = stages(cfg, shape)
+        found.stages = stages(cfg, shape, gpu)
     except PlanError as error:
         found.problems.append(f"memory cannot be estimated: {error}")
         return found
-    found.problems += _fit(cfg, found.stages, gpu)
+    found.problems += [*_fit(cfg, found.stages, gpu), *_servers_fit(cfg, shape, gpu)]
     found.problems += _as_planned(cfg, found, shape)
     return found
 
@@ -143,11 +143,11 @@ def _fit(cfg: Config, found: Sequence[Stage], gpu: Hardware) -> Iterator[str]:
     stage = found[fullest]
     if stage.total <= gpu.memory_gib:
         return
-    parts = stage.training.parts() | {"KV cache": stage.kv_cache}
+    parts = stage.training.parts() | {"engine": stage.engine}
     largest = max(parts, key=lambda part: parts[part])
     advice = {
         "activations": "set parallel.recompute=full, or raise parallel.tp or cp",
-        "KV cache": "lower rollout.max_sequences",
+        "engine": "lower rollout.max_sequences, or of a server rollout.server.gpu_memory_share",
         "logits": "lower trainer.tokens_per_microbatch or raise parallel.tp",
         "optimizer": "set parallel.distributed_optimizer=true, or raise parallel.tp or pp",
     }.get(largest, "raise parallel.tp, pp or ep")
@@ -155,6 +155,16 @@ def _fit(cfg: Config, found: Sequence[Stage], gpu: Hardware) -> Iterator[str]:
         f"stage {fullest} needs {stage.total:.1f} GiB and {gpu.name} has {gpu.memory_gib:.1f}; the largest "
         f"part is {largest} with {parts[largest]:.1f} GiB: {advice}"
     )
+
+
+def _servers_fit(cfg: Config, shape: ModelShape, gpu: Hardware) -> Iterator[str]:
+    server = served(cfg, shape, gpu)
+    if server is not None and server.weights + server.sequence > server.room:
+        yield (
+            f"a server has {server.room:.1f} GiB of each GPU and needs {server.weights:.1f} for weights "
+            f"and {server.sequence:.1f} for the longest sequence: raise rollout.server.tp or gpu_memory_share, "
+            "or let nodes of their own serve (rollout.server.urls; ROLLOUT_NODES of slurm/common.sh)"
+        )
 
 
 def _as_planned(cfg: Config, found: Findings, shape: ModelShape) -> Iterator[str]:

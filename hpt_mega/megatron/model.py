@@ -191,6 +191,7 @@ def transformer_config(
         calculate_per_token_loss=True,  # the objective brings its own global denominator
         use_cpu_initialization=not on_gpu,
         perform_initialization=False,  # weights are always read from a checkpoint
+        deterministic_mode=on_gpu and torch.are_deterministic_algorithms_enabled(),
         persist_layer_norm=on_gpu,
         bias_activation_fusion=on_gpu,
         bias_dropout_fusion=on_gpu,

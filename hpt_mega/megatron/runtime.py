@@ -106,6 +106,8 @@ class Layout:
 def initialize(cfg: Config) -> Layout:
     """Join the job: default process group, Megatron's groups, seeds. Call once per process."""
     cpu.install()
+    if cfg.trainer.deterministic:
+        repeat_exactly()
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     backend = "nccl" if torch.cuda.is_available() else "gloo"
@@ -180,5 +182,21 @@ def _seed(cfg: Config, layout: Layout) -> None:
     np.random.seed(cfg.seed)
     torch.manual_seed(cfg.seed)
     tensor_parallel.model_parallel_cuda_manual_seed(cfg.seed)
-    if cfg.trainer.deterministic:
-        torch.use_deterministic_algorithms(True)
+
+
+# What cuBLAS, NCCL and Transformer Engine choose algorithms by, at their first call.
+_REPEATABLE = {
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+    "NCCL_ALGO": "Ring",
+    "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0",
+}
+
+
+def repeat_exactly() -> None:
+    """Have all libraries give the same bits for the same input; what the environment says already stays.
+
+    Megatron-LM's deterministic mode sets the same. Raises RuntimeError, later, in an operation that cannot.
+    """
+    torch.use_deterministic_algorithms(True)
+    for name, value in _REPEATABLE.items():
+        os.environ.setdefault(name, value)

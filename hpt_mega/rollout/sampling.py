@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 _LIKELY = 1024  # tokens that hold nearly every nucleus; finding them costs a fraction of a sort
+_WHOLE = 2**52  # the integer that stands for probability 1
 
 
 def uniform_draws(count: int, max_new_tokens: int, seed: int) -> Tensor:
@@ -31,24 +32,34 @@ def sample_tokens(
     elif top_p < 1:
         tokens_B = _nucleus(logp_BV.exp(), uniforms_B, top_p)
     else:
-        tokens_B = _invert(logp_BV.exp(), uniforms_B)
+        tokens_B = _invert(_shares(logp_BV.exp()), uniforms_B)
     return tokens_B, logp_BV.gather(1, tokens_B[:, None])[:, 0]
 
 
-def _invert(probability_BV: Tensor, uniforms_B: Tensor) -> Tensor:
-    cumulative_BV = probability_BV.cumsum(dim=-1, dtype=torch.float64)
+def _shares(probability_BV: Tensor) -> Tensor:
+    """Probabilities as integers, whose sums are the same in any order and on any device.
+
+    On a GPU a running sum of floating-point numbers is not, and torch refuses it in deterministic mode.
+    """
+    return (probability_BV * _WHOLE).long()
+
+
+def _invert(shares_BV: Tensor, uniforms_B: Tensor) -> Tensor:
+    """The tokens whose shares of the sum the draws fall into; the shares are overwritten."""
+    cumulative_BV = shares_BV.cumsum_(dim=-1)
     total_B1 = cumulative_BV[:, -1:]
-    below_B1 = torch.nextafter(total_B1, torch.zeros_like(total_B1))  # a draw next to 1 must not round to it
-    threshold_B1 = torch.minimum(uniforms_B[:, None] * total_B1, below_B1)
+    below_B1 = total_B1 - 1  # a draw next to 1 must not round to it
+    threshold_B1 = torch.minimum((uniforms_B[:, None] * total_B1).long(), below_B1)
     tokens_B1 = torch.searchsorted(cumulative_BV, threshold_B1, right=True)
-    return tokens_B1[:, 0].clamp_(max=probability_BV.shape[1] - 1)
+    return tokens_B1[:, 0].clamp_(max=shares_BV.shape[1] - 1)
 
 
 def _nucleus(probability_BV: Tensor, uniforms_B: Tensor, top_p: float) -> Tensor:
     """Draws from the smallest set; all tokens are sorted only where a row's set is larger than _LIKELY."""
     sorted_BK, order_BK = probability_BV.topk(min(_LIKELY, probability_BV.shape[1]))
-    if bool((sorted_BK.cumsum(dim=-1)[:, -1] < top_p).any()):
+    if bool((sorted_BK.sum(dim=-1) < top_p).any()):
         sorted_BK, order_BK = probability_BV.sort(dim=-1, descending=True)
-    before_BK = sorted_BK.cumsum(dim=-1) - sorted_BK
-    rank_B = _invert(sorted_BK.masked_fill(before_BK >= top_p, 0.0), uniforms_B)
+    shares_BK = _shares(sorted_BK)
+    before_BK = shares_BK.cumsum(dim=-1).sub_(shares_BK)
+    rank_B = _invert(shares_BK.masked_fill_(before_BK >= int(top_p * _WHOLE), 0), uniforms_B)
     return order_BK.gather(1, rank_B[:, None])[:, 0]

@@ -85,7 +85,7 @@ def _engine(cfg: Config, name: str, environment: dict[str, str]) -> EngineHandle
     """A server that we start."""
     log = _log(cfg, name)
     if cfg.rollout.engine == "vllm":
-        return vllm_server(cfg, name, log, environment)
+        return vllm_server(cfg, name, log, environment | _batch_invariance(cfg))
     launch = Launch(
         model=Path(cfg.model.path),
         dtype=_dtype(cfg),
@@ -97,6 +97,15 @@ def _engine(cfg: Config, name: str, environment: dict[str, str]) -> EngineHandle
         environment=environment,
     )
     return SGLangEngine(name, _sglang_settings(cfg, weights="memory"), log, launch=launch)
+
+
+def _batch_invariance(cfg: Config) -> dict[str, str]:
+    """A deterministic run's answers from vLLM's GPU kernels must not depend on what else it works on.
+
+    `hpt serve` goes without: vLLM then also sets options of NCCL, and the trainer shares a group with it.
+    """
+    on_gpu = cfg.trainer.deterministic and torch.cuda.is_available()
+    return {"VLLM_BATCH_INVARIANT": "1"} if on_gpu else {}
 
 
 def _external(cfg: Config, name: str, url: str) -> EngineHandle:

@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from itertools import chain
 from typing import Any
 
+import torch
+
 from hpt_mega.checkpoint.model_folder import read_model
 from hpt_mega.config import Config, ConfigError
 from hpt_mega.validation import data, layout, model, objective, optimizer, precision, rollout, run, values
@@ -27,7 +29,7 @@ def validate(cfg: Config) -> None:
         *problems,
         *data.files(cfg),
         *rollout.engine(cfg),
-        *contradictions(cfg, shape),
+        *contradictions(cfg, shape, on_gpu=torch.cuda.is_available()),
         *layout.processes(cfg),
         *run.folder(cfg),
     ]
@@ -43,7 +45,7 @@ def validate_server(cfg: Config) -> None:
             *rollout.serves(cfg),
             *values.numbers(cfg),
             *values.names(cfg),
-            *rollout.servers(cfg, shape),
+            *rollout.servers(cfg, shape, torch.cuda.is_available()),
         ]
     )
 
@@ -60,21 +62,21 @@ def _refuse(found: Sequence[str]) -> None:
         raise ConfigError(f"{count} in the config; nothing was started\n{listed}")
 
 
-def contradictions(cfg: Config, shape: Mapping[str, Any]) -> list[str]:
-    """What is wrong with the config on any machine. `shape` is the model's config.json, or empty."""
+def contradictions(cfg: Config, shape: Mapping[str, Any], *, on_gpu: bool) -> list[str]:
+    """What is wrong with the config on any machine with GPUs, or without. `shape`: config.json, or empty."""
     checks = chain(
         values.numbers(cfg),
         values.names(cfg),
         data.tasks(cfg),
-        layout.tensor(cfg, shape),
-        precision.fp8(cfg, shape),
+        layout.tensor(cfg, shape, on_gpu),
+        precision.fp8(cfg, shape, on_gpu),
         layout.pipeline(cfg, shape),
         layout.experts(cfg, shape),
         objective.batch(cfg),
         model.lengths(cfg, shape),
         objective.parts(cfg),
-        optimizer.parameters(cfg, shape),
-        optimizer.offload(cfg),
-        rollout.servers(cfg, shape),
+        optimizer.parameters(cfg, shape, on_gpu),
+        optimizer.offload(cfg, on_gpu),
+        rollout.servers(cfg, shape, on_gpu),
     )
     return list(checks)

@@ -11,7 +11,7 @@ import torch
 from hpt_mega.config import Config
 
 
-def tensor(cfg: Config, shape: Mapping[str, Any]) -> Iterator[str]:
+def tensor(cfg: Config, shape: Mapping[str, Any], on_gpu: bool) -> Iterator[str]:
     """Whether heads and rows divide over tensor-parallel ranks; context parallelism."""
     parallel = cfg.parallel
     if parallel.sequence_parallel and parallel.tp == 1:
@@ -25,8 +25,13 @@ def tensor(cfg: Config, shape: Mapping[str, Any]) -> Iterator[str]:
         if count and parallel.tp > 0 and count % parallel.tp:
             fitting = divisors(count, heads)
             yield f"parallel.tp is {parallel.tp} and the model has {count} {what}; expected one of {fitting}"
-    if parallel.cp > 1 and "kv_lora_rank" in shape and not torch.cuda.is_available():
+    if parallel.cp > 1 and "kv_lora_rank" in shape and not on_gpu:
         yield f"parallel.cp is {parallel.cp}; latent attention has no context parallelism on the CPU, set 1"
+    if parallel.cp > 1 and cfg.precision.dtype == "fp32" and on_gpu:
+        yield (
+            f"parallel.cp is {parallel.cp} and precision.dtype fp32; Transformer Engine's attention shares a "
+            "context over GPUs in bf16 and fp16 only, choose one of these or set cp to 1"
+        )
 
 
 def pipeline(cfg: Config, shape: Mapping[str, Any]) -> Iterator[str]:

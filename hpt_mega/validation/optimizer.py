@@ -5,19 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import torch
-
 from hpt_mega.config import Config, ParameterGroup
 from hpt_mega.megatron.groups import is_frozen, matches
 from hpt_mega.resharding.mapping import MappingError, family_for
 
 
-def offload(cfg: Config) -> Iterator[str]:
+def offload(cfg: Config, on_gpu: bool) -> Iterator[str]:
     """Whether a part of the optimizer can be left to the CPU."""
     share = cfg.optimizer.cpu_offload
     if not 0 <= share <= 1:
         yield f"optimizer.cpu_offload is {share}, expected 0 to 1"
-    elif share and not torch.cuda.is_available():
+    elif share and not on_gpu:
         yield f"optimizer.cpu_offload is {share} and there is no GPU, so that all is on the CPU; set 0"
     elif share and cfg.precision.dtype == "fp32":
         yield f"optimizer.cpu_offload is {share}; megatron-core offloads no fp32 weights, set precision=bf16"
@@ -28,7 +26,7 @@ def offload(cfg: Config) -> Iterator[str]:
         )
 
 
-def parameters(cfg: Config, shape: Mapping[str, Any]) -> Iterator[str]:
+def parameters(cfg: Config, shape: Mapping[str, Any], on_gpu: bool) -> Iterator[str]:
     """Patterns of optimizer.frozen and optimizer.groups beside the names of the model's parameters."""
     frozen, groups = cfg.optimizer.frozen, cfg.optimizer.groups
     for number, group in enumerate(groups):
@@ -40,7 +38,7 @@ def parameters(cfg: Config, shape: Mapping[str, Any]) -> Iterator[str]:
     if not shape or not (frozen or groups):
         return
     try:
-        names = _names(shape)
+        names = _names(shape, on_gpu)
     except MappingError as error:
         yield f"optimizer.frozen and groups: {error}"
         return
@@ -67,11 +65,11 @@ def _groups(groups: Sequence[ParameterGroup], trained: list[str]) -> Iterator[st
         seen |= dict.fromkeys(own, number)
 
 
-def _names(shape: Mapping[str, Any]) -> list[str]:
+def _names(shape: Mapping[str, Any], on_gpu: bool) -> list[str]:
     """Under Transformer Engine's layers, which a GPU gets, norms and experts have other names."""
     family = family_for(dict(shape))
     entries = family.entries(family.read_shape(dict(shape)))
-    return [entry.te if torch.cuda.is_available() else entry.megatron for entry in entries]
+    return [entry.te if on_gpu else entry.megatron for entry in entries]
 
 
 def _examples(names: list[str]) -> str:

@@ -6,15 +6,13 @@ import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import torch
-
 from hpt_mega.config import Config, Fp8Config
 from hpt_mega.megatron.fp8 import AMAX_ALGORITHMS, FORMATS, RECIPES, align_of
 
 _TE_TRUST = "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"
 
 
-def fp8(cfg: Config, shape: Mapping[str, Any]) -> Iterator[str]:
+def fp8(cfg: Config, shape: Mapping[str, Any], on_gpu: bool) -> Iterator[str]:
     """The settings of the FP8 recipe, and whether the model and the layout suit it."""
     fp8, key = cfg.precision.fp8, "precision.fp8"
     if not fp8.recipe:
@@ -39,11 +37,11 @@ def fp8(cfg: Config, shape: Mapping[str, Any]) -> Iterator[str]:
             f"{key}.first_layers and last_layers are {kept[0]} and {kept[1]}; megatron-core takes 0 to "
             f"{per_stage}, the layers of a pipeline stage"
         )
-    yield from _fp8_recipe(cfg)
+    yield from _fp8_recipe(cfg, on_gpu)
     yield from _fp8_widths(cfg, shape)
 
 
-def _fp8_recipe(cfg: Config) -> Iterator[str]:
+def _fp8_recipe(cfg: Config, on_gpu: bool) -> Iterator[str]:
     """What a recipe does not go together with."""
     fp8, key = cfg.precision.fp8, "precision.fp8"
     if fp8.recipe == "delayed" and (fp8.first_layers or fp8.last_layers):
@@ -53,7 +51,7 @@ def _fp8_recipe(cfg: Config) -> Iterator[str]:
     if fp8.param_gather and fp8.recipe == "mxfp8":
         yield f"{key}.param_gather with mxfp8 needs a shared gradient buffer, not wired here; set it to false"
     trusted = os.environ.get(_TE_TRUST) == "1"
-    if fp8.recipe == "delayed" and cfg.resume == "auto" and torch.cuda.is_available() and not trusted:
+    if fp8.recipe == "delayed" and cfg.resume == "auto" and on_gpu and not trusted:
         yield (
             f"{key}.recipe is 'delayed' and resume=auto: Transformer Engine keeps the amax history as a "
             f"pickle and refuses to load it; set {_TE_TRUST}=1 if run_dir is your own, or change the recipe"

@@ -55,14 +55,14 @@ def serves(cfg: Config) -> Iterator[str]:
     yield from installed(cfg)
 
 
-def servers(cfg: Config, shape: Mapping[str, Any]) -> Iterator[str]:
+def servers(cfg: Config, shape: Mapping[str, Any], on_gpu: bool) -> Iterator[str]:
     """What the servers of rollouts need, where there are any."""
     rollout = cfg.rollout
     yield from _urls(cfg)
     if rollout.engine == "megatron":
-        yield from _embedded(cfg)
+        yield from _embedded(cfg, on_gpu)
         return
-    if rollout.server.sleep and not torch.cuda.is_available():
+    if rollout.server.sleep and not on_gpu:
         yield (
             "rollout.server.sleep frees a server's GPU memory during training, and torch sees no GPU here; "
             "set it to false"
@@ -96,21 +96,21 @@ def servers(cfg: Config, shape: Mapping[str, Any]) -> Iterator[str]:
         yield f"rollout.server.tp is {rollout.server.tp} and the model has {heads} heads; expected {fitting}"
     wanted = rollout.server.engines * rollout.server.tp
     gpus = parallel.tp * parallel.cp * parallel.pp
-    if torch.cuda.is_available() and not rollout.server.urls and wanted > gpus:
+    if on_gpu and not rollout.server.urls and wanted > gpus:
         yield (
             f"rollout.server.engines x tp is {rollout.server.engines} x {rollout.server.tp} = {wanted} and a "
             f"replica has {gpus} GPUs, those of its ranks; lower one of them"
         )
 
 
-def _embedded(cfg: Config) -> Iterator[str]:
+def _embedded(cfg: Config, on_gpu: bool) -> Iterator[str]:
     """What the trainer's own processes cannot do."""
     if cfg.rollout.staleness:
         yield (
             f"rollout.staleness is {cfg.rollout.staleness} and rollout.engine megatron, whose processes are "
             "busy with training; set rollout=vllm, or staleness 0"
         )
-    if cfg.parallel.pp > 1 and torch.cuda.is_available():
+    if cfg.parallel.pp > 1 and on_gpu:
         yield (
             f"parallel.pp is {cfg.parallel.pp} and rollout.engine megatron, whose pipeline of decoded tokens "
             "is written for CPUs; set rollout=vllm, or pp to 1"

@@ -65,9 +65,10 @@ def test_typical_ranks_meet_every_stage_and_every_share_of_the_experts() -> None
     [
         (("experiment=hpt_70b", "parallel.tp=6"), "parallel.tp is 6 and the model has 64 attention heads"),
         (
-            ("experiment=hpt_70b", "rollout=vllm", "rollout.server.urls=[http://a:1]"),
+            ("experiment=hpt_70b", "rollout.server.urls=[http://a:1]"),
             "parallel.dp is 2; expec",
         ),
+        (("experiment=hpt_70b", "rollout=megatron"), "is written for CPUs; set rollout=vllm"),
         (("experiment=hpt_moe", "parallel.ep=24"), "parallel.ep is 24 and the model has 128 experts"),
         (("experiment=hpt_70b", "trainer.questions_per_step=129"), "expected 128 or 130"),
         (("experiment=hpt_7b", "data.max_prompt_tokens=130000"), "the model has 131072 positions"),
@@ -83,17 +84,41 @@ def test_a_contradiction_is_found_before_anything_is_built(overrides: tuple[str,
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
-        (("parallel.pp=1", "parallel.dp=1", "parallel.recompute=none"), "the largest part is optimizer"),
-        (("parallel.recompute=none", "parallel.tp=4", "parallel.dp=4"), "parallel.recompute=full"),
-        (("rollout.max_sequences=1000",), "the largest part is KV cache with"),
+        (
+            ("experiment=hpt_70b", "parallel.pp=1", "parallel.dp=1", "parallel.recompute=none"),
+            "the largest part is optimizer",
+        ),
+        (
+            ("experiment=hpt_70b", "parallel.recompute=none", "parallel.tp=4", "parallel.dp=4"),
+            "parallel.recompute=full",
+        ),
+        (("experiment=hpt_70b", "rollout.server.gpu_memory_share=0.8"), "the largest part is engine with"),
+        (("experiment=hpt_7b", "rollout.max_sequences=1000"), "the largest part is engine with"),
     ],
 )
 def test_a_job_that_does_not_fit_is_told_by_its_largest_part(
     overrides: tuple[str, ...], expected: str
 ) -> None:
-    (problem,) = dryrun("experiment=hpt_70b", *overrides, ranks=[0]).problems
+    (problem,) = dryrun(*overrides, ranks=[0]).problems
     assert "needs" in problem and "h100 has 79.6" in problem
     assert expected in problem
+
+
+def test_a_server_that_cannot_hold_the_model_is_a_problem() -> None:
+    beside = ("experiment=hpt_moe", "rollout.server.urls=[]", "rollout.server.gpu_memory_share=0.5")
+    (problem,) = dryrun(*beside, ranks=[0]).problems
+    # 235,093,634,560 parameters (the model card's 235 B) in 16 bits on 8 GPUs; half of 79.6 GiB
+    assert "a server has 39.8 GiB of each GPU and needs 54.7 for weights" in problem
+
+
+def test_memory_of_servers_elsewhere_or_asleep_is_the_trainers() -> None:
+    def fullest(*overrides: str) -> float:
+        return max(stage.total for stage in dryrun("experiment=hpt_70b", *overrides, ranks=[0]).stages)
+
+    beside = fullest()
+    elsewhere = fullest("rollout.server.urls=[http://a:1,http://b:1]")
+    assert beside == pytest.approx(elsewhere + 0.5 * H100.memory_gib)
+    assert elsewhere < fullest("rollout.server.sleep=true") < beside
 
 
 def test_weights_that_are_here_are_compared_with_the_table(tmp_path: Path) -> None:
@@ -107,7 +132,7 @@ def test_weights_that_are_here_are_compared_with_the_table(tmp_path: Path) -> No
     )
     model = LlamaForCausalLM(config)
     model.save_pretrained(tmp_path)
-    job = (f"model.path={tmp_path}", "parallel.pp=3", "experiment=demo")
+    job = (f"model.path={tmp_path}", "parallel.pp=3", "experiment=demo", "rollout=vllm")
     assert dryrun(*job).problems == []
     weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     del weights["model.layers.1.mlp.up_proj.weight"]

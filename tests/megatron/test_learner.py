@@ -26,6 +26,7 @@ from hpt_mega.config import (
 from hpt_mega.trajectory import Source, Trajectory
 from tests.megatron.tiny import VOCABULARY, build_policy, leave_job, load_llama, save_llama
 from tests.ranks import run_ranks
+from tests.repeatable import OnlyRepeatable
 
 LAYOUTS = (
     ParallelConfig(tp=1, pp=2, dp=1),
@@ -112,7 +113,8 @@ def learn(folder: Path, name: str, options: dict[str, Any], updates: int) -> lis
         share = len(everyone) // layout.dp_size
         mine = everyone[layout.dp_rank * share : (layout.dp_rank + 1) * share]
         scored = learner._score(everyone)
-        metrics = learner.learn(mine, step=0)
+        with OnlyRepeatable():
+            metrics = learner.learn(mine, step=0)
         result: dict[str, Any] = {
             "metrics": metrics,
             "old": [list(t.old_logp) for t in scored],

@@ -27,7 +27,7 @@ from hpt_mega.config import ParallelConfig
 from hpt_mega.rollout import sync as sync_module
 from hpt_mega.rollout.engine import EngineError
 from hpt_mega.rollout.external import KEY_VARIABLE, ExternalServer, RemoteClient
-from hpt_mega.rollout.process import free_port
+from hpt_mega.rollout.process import die_with_parent, free_port
 from hpt_mega.rollout.vllm import VLLMClient
 from hpt_mega.rollout.vllm_plugin import BEGIN, END, INSTANCE, OneTrainer
 from tests import toy
@@ -140,6 +140,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path
             *(f"rollout.server.start_deadline_s={START_S}", "--port", str(port)),
         ],
         env=os.environ | {KEY_VARIABLE: KEY, "OMP_NUM_THREADS": "1"},
+        preexec_fn=die_with_parent,  # or a killed test leaves it serving
     )
     family = [process]
     try:

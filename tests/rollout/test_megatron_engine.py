@@ -25,6 +25,7 @@ from tests.megatron.tiny import (
     save_mixture,
 )
 from tests.ranks import run_ranks
+from tests.repeatable import OnlyRepeatable
 
 LAYOUTS = {
     "tp1pp1": ParallelConfig(1, 1, 1),
@@ -108,7 +109,8 @@ def generate(layouts: list[str], folder: Path) -> dict[str, Any]:
                 policy.model, policy.layout, vocab_size=VOCABULARY, max_sequences=case.max_sequences
             )
             engine.update_weights(VERSION)
-            samples = engine.generate(prompts()[: case.prompts], case.sampling)
+            with OnlyRepeatable():
+                samples = engine.generate(prompts()[: case.prompts], case.sampling)
             engines._COMPACT_BELOW = default
             plain = [[dataclasses.asdict(sample) for sample in group] for group in samples]
             results[name][key] = {"samples": plain, "compacted": count}

@@ -14,6 +14,7 @@ from torch import Tensor
 from hpt_mega.rollout import sampling
 from hpt_mega.rollout.engine import SamplingParams
 from hpt_mega.rollout.sampling import sample_tokens, uniform_draws
+from tests.repeatable import OnlyRepeatable
 
 DRAWS = 20_000
 LOGITS = torch.tensor([1.3, -0.4, 2.2, 0.1, -3.0, 2.1, 0.9])
@@ -106,6 +107,15 @@ def test_the_ends_of_the_unit_interval_draw_tokens_that_have_a_probability() -> 
     for top_p in (1.0, 0.9):
         tokens, logp = sample_tokens(logits, ends, 1.0, top_p)
         assert bool(logp.isfinite().all()), (top_p, tokens)
+
+
+def test_a_gpu_draws_in_deterministic_mode_too() -> None:
+    logits, uniforms = torch.randn(5, 31), uniform_draws(5, 1, 0)[:, 0]
+    with OnlyRepeatable():
+        for top_p in (1.0, 0.9):
+            sample_tokens(logits, uniforms, 1.0, top_p)
+        with pytest.raises(AssertionError, match="cumsum"):
+            logits.cumsum(0)
 
 
 def test_a_row_of_uniforms_does_not_depend_on_how_many_rows_follow() -> None:

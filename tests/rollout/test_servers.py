@@ -67,6 +67,15 @@ def test_servers_share_the_gpus_of_their_replicas_ranks(
     assert [engine.environment["CUDA_VISIBLE_DEVICES"] for engine in made.values()] == expected
 
 
+def test_a_deterministic_run_asks_vllm_for_answers_that_no_other_request_changes(
+    engines: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repeatable = ("rollout=vllm", "trainer.deterministic=true")
+    assert all(engine.environment == {} for engine in engines(*repeatable).values())  # on the CPU
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert all(engine.environment["VLLM_BATCH_INVARIANT"] == "1" for engine in engines(*repeatable).values())
+
+
 def test_a_replica_on_two_hosts_gives_its_server_the_gpus_of_its_leaders(
     engines: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

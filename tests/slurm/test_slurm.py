@@ -188,7 +188,7 @@ def test_a_conversion_runs_as_a_job(cluster: Cluster) -> None:
 
 def test_the_jobs_last_nodes_serve_rollouts_and_the_others_train() -> None:
     done = subprocess.run(
-        ["bash", f"{ROOT}/slurm/hpt_70b.sh", "--dry-run", "rollout.server.tp=8"],
+        ["bash", f"{ROOT}/slurm/hpt_70b.sh", "--dry-run"],
         env=os.environ | {"HPT_ROOT": str(ROOT), "HPT_PYTHON": sys.executable, "ROLLOUT_NODES": "2"},
         capture_output=True,
         text=True,
@@ -203,6 +203,21 @@ def test_the_jobs_last_nodes_serve_rollouts_and_the_others_train() -> None:
     urls = "rollout.server.urls=\\[http://NODE8:10000\\,http://NODE9:10000\\]"
     assert urls in train and "rollout=vllm" in train
     assert "HPT_ROLLOUT_KEY" not in done.stdout
+
+
+def test_a_script_may_have_nodes_of_its_own_that_serve() -> None:
+    done = subprocess.run(
+        ["bash", f"{ROOT}/slurm/hpt_moe.sh", "--dry-run"],
+        env=os.environ | {"HPT_ROOT": str(ROOT), "HPT_PYTHON": sys.executable},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    submit, *_, serve, train = done.stdout.splitlines()
+    assert submit.split() == ["sbatch", f"{ROOT}/slurm/hpt_moe.sh"]
+    assert "--nodelist=NODE32\\,NODE33\\,NODE34\\,NODE35 --ntasks=4 --ntasks-per-node=1" in serve
+    assert "--nodes=32 --nodelist=NODE0" in train and "--ntasks=256 --ntasks-per-node=8" in train
 
 
 def test_a_job_trains_on_one_node_what_a_server_on_the_other_generates(
