@@ -162,7 +162,7 @@ def _servers_fit(cfg: Config, shape: ModelShape, gpu: Hardware) -> Iterator[str]
     if server is not None and server.weights + server.sequence > server.room:
         yield (
             f"a server has {server.room:.1f} GiB of each GPU and needs {server.weights:.1f} for weights "
-            f"and {server.sequence:.1f} for the longest sequence: raise rollout.server.tp or gpu_memory_share, "
+            f"and {server.sequence:.1f} for the longest sequence: raise rollout.server.tp, gpu_memory_share, "
             "or let nodes of their own serve (rollout.server.urls; ROLLOUT_NODES of slurm/common.sh)"
         )
 
