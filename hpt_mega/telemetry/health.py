@@ -5,6 +5,7 @@ What is seen goes to the terminal of rank 0 and to RUN_DIR/health.jsonl, never i
 
 from __future__ import annotations
 
+import ctypes
 import faulthandler
 import resource
 import statistics
@@ -20,6 +21,7 @@ from hpt_mega.telemetry import records
 SLOW = 1.5  # times the median of the ranks
 SLOW_S = 1.0  # and so many seconds above it
 WARM_UP = 10  # steps that memory may grow in
+USUAL = 1.005  # times the memory then; above it, what is free is given back first
 CREEP = 0.10  # growth since then that is worth an alarm
 DUMP_AT = 0.9  # of the deadline, so that stacks are there before a rank gives up
 
@@ -57,6 +59,11 @@ def resident_bytes() -> int:
     return pages * resource.getpagesize()
 
 
+def give_back_free_memory() -> None:
+    """Of what was freed, the C library (glibc) keeps ever more in pieces; it returns whole pages when asked."""
+    ctypes.CDLL(None).malloc_trim(0)
+
+
 class Health:
     """Looks at all ranks after each step; every rank calls observe()."""
 
@@ -68,6 +75,9 @@ class Health:
 
     def observe(self, step: int, timing: Timing) -> None:
         memory = resident_bytes()
+        if self._baseline and memory > USUAL * self._baseline[dist.get_rank()]:
+            give_back_free_memory()
+            memory = resident_bytes()
         everyone: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(everyone, (dict(timing), memory))
         self._steps += 1
