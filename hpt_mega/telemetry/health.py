@@ -60,7 +60,7 @@ def resident_bytes() -> int:
 
 
 def give_back_free_memory() -> None:
-    """Of what was freed, the C library (glibc) keeps ever more in pieces; it returns whole pages when asked."""
+    """The C library (glibc) keeps what was freed, in more pieces ever; asked, it returns whole pages."""
     ctypes.CDLL(None).malloc_trim(0)
 
 
