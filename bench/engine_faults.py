@@ -43,7 +43,7 @@ LIMITS = Limits(
     failures=3,
     updates=2,
     attempts=3,
-    slots=16,
+    slots=64,  # 16 requests
 )
 ANSWER_S = 10.0
 PROMPTS = [[3 + q, 141 - q, 59] for q in range(24)]

@@ -190,7 +190,7 @@ class Fleet:
             self._submitted += 1
             self._batches[self._submitted] = _Batch(prompts, sampling)
             for index in range(len(prompts)):
-                self._state.submit(_Request(self._submitted, index))
+                self._state.submit(_Request(self._submitted, index), sampling.n)
             self._changed.notify_all()
             return self._submitted
 

@@ -61,7 +61,7 @@ class Limits:
     failures: int  # deaths in a row without verified weights in between, then the engine is given up
     updates: int  # of one engine to one version, then the engine is refused
     attempts: int  # at one request, then the request is an error
-    slots: int  # requests at once in an engine
+    slots: int  # samples at once in an engine, above which it is dealt no further request
 
     def __post_init__(self) -> None:
         if wrong := [f"{name} = {value}" for name, value in vars(self).items() if not value > 0]:
@@ -108,6 +108,7 @@ class FleetState:
         self._tickets = 0
         self._waiting: deque[Hashable] = deque()
         self._attempts: dict[Hashable, list[str]] = {}  # of unanswered requests: why each attempt failed
+        self._samples: dict[Hashable, int] = {}  # that an unanswered request is for
 
     # What is asked.
 
@@ -119,7 +120,8 @@ class FleetState:
         return self._engines[engine].version
 
     def load(self, engine: str) -> int:
-        return len(self._engines[engine].dealt)
+        """Samples that it was asked for and has not answered."""
+        return sum(self._samples[ticket.request] for ticket in self._engines[engine].dealt)
 
     @property
     def target(self) -> int | None:
@@ -317,19 +319,20 @@ class FleetState:
 
     # Requests.
 
-    def submit(self, request: Hashable) -> None:
+    def submit(self, request: Hashable, samples: int = 1) -> None:
         """A new request, by an id of its own. Raises ValueError where the id is that of an unanswered one."""
         if request in self._attempts:
             raise ValueError(f"request {request!r} is unanswered; an id stands for one request")
         self._attempts[request] = []
+        self._samples[request] = samples
         self._waiting.append(request)
 
     def deal(self, now: float) -> Ticket | None:
-        """The first waiting request to the ready engine with the fewest requests; None where either lacks."""
+        """The first waiting request to the ready engine with the fewest samples; None where either lacks."""
         open_to = [
-            (len(engine.dealt), name)
+            (self.load(name), name)
             for name, engine in self._engines.items()
-            if engine.state is State.READY and len(engine.dealt) < self.limits.slots
+            if engine.state is State.READY and self.load(name) < self.limits.slots
         ]
         if not open_to or not self._waiting:
             return None
@@ -350,7 +353,7 @@ class FleetState:
         engine = self._engines[ticket.engine]
         if engine.dealt.pop(ticket, None) is None:
             return False
-        del self._attempts[ticket.request]
+        del self._attempts[ticket.request], self._samples[ticket.request]
         self.heard(ticket.engine, now)
         return True
 
@@ -369,11 +372,12 @@ class FleetState:
         """Forget these requests: their answers, if any come, are dropped."""
         gone = set(requests)
         self._waiting = deque(request for request in self._waiting if request not in gone)
-        for request in gone:
-            self._attempts.pop(request, None)
         for engine in self._engines.values():
             for ticket in [one for one in engine.dealt if one.request in gone]:
                 del engine.dealt[ticket]
+        for request in gone:
+            self._attempts.pop(request, None)
+            self._samples.pop(request, None)
 
     # Parts.
 

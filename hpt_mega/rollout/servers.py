@@ -26,6 +26,9 @@ from hpt_mega.rollout.vllm import ServerSettings, VLLMServer
 DEATHS = 3  # of a server in a row, without verified weights in between; then it is given up
 ATTEMPTS = 3  # at a prompt, on servers that live or die
 BACKOFF_S, LONGEST_BACKOFF_S = 1.0, 60.0
+# Samples in a server for each that it works on: those of one prompt end at different times, and the next ones
+# wait in the server until then. More would wait longer than rollout.server.request_deadline_s is meant for.
+WAITING = 2
 HEARTBEATS = 4  # within the longest time that a server may take for an answer
 
 
@@ -59,7 +62,7 @@ def limits(cfg: Config) -> Limits:
         failures=DEATHS,
         updates=2,
         attempts=ATTEMPTS,
-        slots=cfg.rollout.max_sequences,
+        slots=WAITING * cfg.rollout.max_sequences,
     )
 
 

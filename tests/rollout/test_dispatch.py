@@ -26,7 +26,7 @@ LIMITS = Limits(
     failures=3,
     updates=2,
     attempts=5,
-    slots=2,
+    slots=6,  # two requests
 )
 SHORT_S = 1.0  # the deadline that a hang is to meet; the others are for a busy machine
 SAMPLING = SamplingParams(n=3, max_new_tokens=5, seed=11)

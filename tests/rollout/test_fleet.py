@@ -291,6 +291,20 @@ def test_the_answer_of_an_engine_thought_dead_is_dropped_and_that_of_its_success
     assert not fleet.answered(second, 2.0)
 
 
+def test_an_engine_is_dealt_requests_until_their_samples_fill_its_slots() -> None:
+    fleet = ready(replace(LIMITS, slots=8), ("ash", "elm"))
+    for request, samples in enumerate((3, 8, 3, 1, 4, 1)):
+        fleet.submit(request, samples)
+    dealt = []
+    while ticket := fleet.deal(0.0):
+        dealt.append((ticket.engine, ticket.request))
+    assert dealt == [("ash", 0), ("elm", 1), ("ash", 2), ("ash", 3), ("ash", 4)]
+    assert (fleet.load("ash"), fleet.load("elm")) == (11, 8)
+    fleet.cancel([4])
+    ticket = fleet.deal(0.0)
+    assert ticket is not None and (ticket.engine, ticket.request) == ("ash", 5)
+
+
 def test_requests_of_a_dead_engine_go_first_and_in_their_order() -> None:
     fleet = ready(replace(LIMITS, slots=2), ("ash", "elm"))
     for request in range(7):

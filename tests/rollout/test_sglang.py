@@ -409,7 +409,7 @@ def collect(fleet: Fleet, trainer: Trainer, prompts: list[list[int]]) -> list[li
 def test_our_own_servers_are_a_fleet_that_survives_kills_and_hangs(
     launch: Callable[[str], Launch], trainer: Trainer, tmp_path: Path
 ) -> None:
-    limits = Limits(60.0, 20.0, 20.0, 20.0, 0.1, 1.0, failures=3, updates=2, attempts=4, slots=2)
+    limits = Limits(60.0, 20.0, 20.0, 20.0, 0.1, 1.0, failures=3, updates=2, attempts=4, slots=6)
     settings = replace(SETTINGS, control_s=2.0)
     ash, elm = (
         SGLangEngine(name, settings, tmp_path / f"{name}.log", launch=launch("tiny"))
@@ -447,7 +447,7 @@ def test_a_server_whose_port_is_taken_is_started_on_another(
     ports = [stranger.server_port]
     monkeypatch.setattr(sglang, "free_port", lambda: ports.pop() if ports else free_port())
     ash = SGLangEngine("ash", SETTINGS, tmp_path / "ash.log", launch=launch("tiny"))
-    limits = Limits(60.0, 20.0, 20.0, 20.0, 0.1, 1.0, failures=3, updates=2, attempts=4, slots=2)
+    limits = Limits(60.0, 20.0, 20.0, 20.0, 0.1, 1.0, failures=3, updates=2, attempts=4, slots=6)
     with Fleet({"ash": ash}, limits, heartbeat_s=0.2, introduce=lambda client: None) as fleet:
         while (intakes := fleet.begin_update(1, 30.0)) is None:
             pass
