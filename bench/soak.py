@@ -63,9 +63,11 @@ def main() -> None:
             f"`python bench/soak.py --minutes {minutes:g} --runs {' '.join(runs)}`: the demo (2 questions",
             "a step, 4 samples of 16 tokens each), the toy model of tests/toy.py; a checkpoint every 50",
             f"steps, at once, parallel=single, after {WARM_UP} steps of warm-up. Growth is the slope of a",
-            f"straight line through the largest of each {TOGETHER} steps, over their mean, in 100 steps.",
+            f"straight line through the smallest, or largest, of each {TOGETHER} steps, over their mean, in",
+            "100 steps. The smallest is what is held, all above it what the allocator keeps.",
             "",
-            f"| run | rank | steps | least, MiB | most of first {TOGETHER} | of last {TOGETHER} | growth |",
+            f"| run | rank | steps | smallest of {TOGETHER}, MiB: first, last | growth "
+            "| largest: first, last | growth |",
             "|---|---|---|---|---|---|---|",
             *rows,
             "",
@@ -88,11 +90,12 @@ def table(name: str, run_dir: Path) -> list[str]:
     used = [json.loads(line)["rss"] for line in lines][WARM_UP:]
     rows = []
     for rank, series in enumerate(zip(*used, strict=True)):
-        tops = [max(series[i : i + TOGETHER]) for i in range(0, len(series) - TOGETHER + 1, TOGETHER)]
-        rows.append(
-            f"| {name} | {rank} | {len(series)} | {min(series) / 2**20:.0f} | {tops[0] / 2**20:.0f} "
-            f"| {tops[-1] / 2**20:.0f} | {100 / TOGETHER * growth(tops):+.2%} |"
-        )
+        cells = [name, str(rank), str(len(series))]
+        tens = [series[i : i + TOGETHER] for i in range(0, len(series) - TOGETHER + 1, TOGETHER)]
+        for ends in ([min(ten) for ten in tens], [max(ten) for ten in tens]):
+            cells += [f"{ends[0] / 2**20:.0f}, {ends[-1] / 2**20:.0f}"]
+            cells += [f"{100 / TOGETHER * growth(ends):+.2%}"]
+        rows.append(f"| {' | '.join(cells)} |")
     return rows
 
 
