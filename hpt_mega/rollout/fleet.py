@@ -330,9 +330,9 @@ class FleetState:
     def deal(self, now: float) -> Ticket | None:
         """The first waiting request to the ready engine with the fewest samples; None where either lacks."""
         open_to = [
-            (self.load(name), name)
+            (load, name)
             for name, engine in self._engines.items()
-            if engine.state is State.READY and self.load(name) < self.limits.slots
+            if engine.state is State.READY and (load := self.load(name)) < self.limits.slots
         ]
         if not open_to or not self._waiting:
             return None
