@@ -1,8 +1,9 @@
 """A server process that lives no longer than ours, with all its children. Run as a script it is the guard.
 
 The guard stands between us and the server: its standard input is a pipe from us, and when that ends, however
-we end, it ends the server. Unlike the kernel's parent-death signal it does not depend on the thread that
-started it. It runs as a plain script, so that it needs no package and starts at once.
+we end, it ends the server, and removes its temporary files: vLLM leaves its sockets otherwise. Unlike the
+kernel's parent-death signal it does not depend on the thread that started it. It runs as a plain script, so
+that it needs no package and starts at once.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -119,9 +121,22 @@ def _session(leader: int) -> list[int]:
 def _guard(command: Sequence[str]) -> int:
     """Run the command until it ends or our standard input does; its exit code, 128 + n for signal n.
 
-    The whole session, which we lead, ends with it: no child is left behind.
+    The whole session, which we lead, ends with it: no child is left behind, and no temporary file.
     """
-    server = subprocess.Popen(command, stdin=subprocess.DEVNULL, process_group=0, preexec_fn=die_with_parent)
+    with tempfile.TemporaryDirectory(prefix="hpt_", ignore_cleanup_errors=True) as own_files:
+        code = _run(command, os.environ | {"TMPDIR": own_files})
+        _kill_session(os.getpid())
+    return code if code >= 0 else 128 - code
+
+
+def _run(command: Sequence[str], environment: Mapping[str, str]) -> int:
+    server = subprocess.Popen(
+        command,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        process_group=0,
+        preexec_fn=die_with_parent,
+    )
 
     def end() -> None:
         while os.read(0, 4096):
@@ -134,9 +149,7 @@ def _guard(command: Sequence[str]) -> int:
 
     threading.Thread(target=end, daemon=True).start()
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    code = server.wait()
-    _kill_session(os.getpid())
-    return code if code >= 0 else 128 - code
+    return server.wait()
 
 
 if __name__ == "__main__":

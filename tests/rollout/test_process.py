@@ -141,3 +141,21 @@ def test_no_shared_memory_is_left_by_a_server_that_could_not_remove_its_own(end:
         assert eventually(lambda: server.ended() != "")
     server.close()
     assert not memory.exists()
+
+
+@pytest.mark.parametrize("end", ["closed", "killed", "itself"])
+def test_no_temporary_file_of_a_server_is_left(end: str, tmp_path: Path) -> None:
+    code = "import os, tempfile, time; print(os.getpid(), tempfile.mkdtemp(), flush=True);"
+    code += "" if end == "itself" else "time.sleep(100)"
+    log = tmp_path / "log"
+    server = OwnedProcess([sys.executable, "-c", code], {"TMPDIR": str(tmp_path)}, log)
+    assert eventually(lambda: log.is_file() and log.read_text().endswith("\n"))
+    pid, made = log.read_text().split()
+    assert Path(made).parent.parent == tmp_path
+    if end == "killed":
+        os.kill(int(pid), signal.SIGKILL)
+    if end == "closed":
+        server.close()
+    assert eventually(lambda: server.ended() != "")
+    assert [path.name for path in tmp_path.iterdir()] == ["log"]
+    server.close()
