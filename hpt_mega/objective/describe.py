@@ -80,8 +80,9 @@ _NOTES = """\
   offline_advantage=joint_group_mean`, and no clipping of rollouts: `stabilizer=none`. Their other shapings:
   `offline_likelihood=` `log`, `square_root` or `power`, or `shaping_gamma=0.3` and `0.5`.
 - **hpt.** As dr_grpo without clipping on rollouts, and the SFT loss on demonstrations with the same
-  normaliser. The authors' code divides either loss by what one micro-batch holds, so that the balance of
-  the two moves with the split (`bench/results/objective_agreement.md`).
+  normaliser: a demonstration counts as one rollout, times `offline_coef`. The authors' code divides either
+  loss by what one micro-batch holds, so that the balance of the two moves with the split
+  (`bench/results/objective_agreement.md`); its coefficient is 1 for 7B models and 0.3 for 1.5B.
 - **std.** Unbiased (n - 1), plus `std_eps`; a group whose rewards are all equal has advantage 0.
 - **kl_in=reward** takes the KL of the policy that sampled and subtracts it before the advantage; kl_in=loss
   adds it to the loss, on every token trained on.
@@ -90,7 +91,7 @@ _NOTES = """\
 
 def options_of(row: Row) -> dict[str, Any]:
     """The options that the parts and the normaliser of a row read, with the row's defaults."""
-    names = [*_READS.get(row.aggregation, ())]
+    names = [*_READS.get(row.aggregation, ()), *(("offline_coef",) if row.offline is not None else ())]
     for parts in (row.parts, row.offline, row.imitation):
         if parts is not None:
             for part in (parts.advantage, *parts.stabilizer.split("+"), parts.likelihood):

@@ -79,7 +79,7 @@ class Estimator:
             if self.row.imitation is not None:
                 token_loss = token_loss + self._imitate(self.row.imitation, batch)
             scale, _ = AGGREGATIONS[self.row.aggregation](batch, options)
-            weight = scale * batch.require("weight", "the loss")[:, None] * batch.mask
+            weight = scale * self._sequence_weight(batch)[:, None] * batch.mask
             loss_sum = (weight * token_loss).sum()
             (token_weight,) = torch.autograd.grad(loss_sum, batch.logp, retain_graph=True)
         metrics = diagnose(batch, whole, token_weight)
@@ -163,6 +163,13 @@ class Estimator:
             or options.entropy_coef != 0
         )
         return weight != 0 and (advantage != 0 or pulls_always)
+
+    def _sequence_weight(self, batch: TokenBatch) -> Tensor:
+        """[B] alpha of rollouts; beta of demonstrations, times the row's coefficient of its offline half."""
+        weight = batch.require("weight", "the loss")
+        if self.row.offline is None:
+            return weight
+        return torch.where(batch.offline, self.row.options.offline_coef * weight, weight)
 
     def _imitate(self, parts: Parts, batch: TokenBatch) -> Tensor:
         """[B, T] the demonstrations' second term; an advantage given to the batch is not its own."""

@@ -18,6 +18,7 @@ class Options:
     reject_high: float = 2.0
     entropy_sft: float = 0.5  # SRFT: weight of the demonstration's SFT term at entropy 0
     entropy_rl: float = 0.1  # ... and of rollouts with a positive advantage
+    offline_coef: float = 1.0  # weight of a demonstration's loss, in rows with an offline half
     shaping_gamma: float = 0.1  # LUFFY's x / (x + gamma)
     shaping_power: float = 0.5  # x ** power; one half is the square root
     std_eps: float = 1e-6  # added to a standard deviation before dividing

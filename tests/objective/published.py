@@ -237,12 +237,12 @@ def pairs(case: Case) -> list[tuple[int, int]]:
 
 
 def hpt(case: Case) -> Tensor:
-    """alpha Dr.GRPO without clipping on rollouts + beta SFT on demonstrations, one constant normaliser."""
+    """alpha Dr.GRPO without clipping on rollouts + 0.3 beta SFT on demonstrations, one normaliser."""
 
     def per_token(i: int) -> Tensor:
         weight, logp = case.number(i, "weight"), case.sequence(i, "logp")
         if case.number(i, "source") == 1:
-            return -weight * logp
+            return -0.3 * weight * logp
         advantage = case.number(i, "reward") - statistics.mean(case.mates(i, online_only=True))
         return -weight * torch.exp(logp - case.sequence(i, "old_logp")) * advantage
 
@@ -265,7 +265,7 @@ PUBLISHED: dict[str, tuple[Callable[[Case], Tensor], dict[str, Any]]] = {
     "srft_entropy": (srft_entropy, {}),
     "luffy": (luffy, {}),
     "dpo": (dpo, {}),
-    "hpt": (hpt, {"length": 50}),
+    "hpt": (hpt, {"length": 50, "offline_coef": 0.3}),
 }
 
 
