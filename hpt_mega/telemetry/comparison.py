@@ -41,14 +41,13 @@ def write_comparison(folders: Sequence[Path], out: Path) -> Path:
     tables = _tables(runs)
     drawn = comparison_plots.draw(runs, out / "plots")
     title = f"{len(_methods(runs))} methods, {len(runs)} runs"
-    left_out, alone = unfinished(folders), len(found) - len(runs)
     subtitle = " · ".join(
         [
             f"models: {', '.join(_cells(runs))}",
             f"seeds: {', '.join(map(str, sorted({run.seed for run in runs})))}",
             f"{max(run.records[-1]['step'] for run in runs)} steps each",
-            *([f"{left_out} unfinished runs left out"] if left_out else []),
-            *([f"{alone} runs left out that not every method has a partner of"] if alone else []),
+            *_left_out(unfinished(folders), "unfinished"),
+            *_left_out(len(found) - len(runs), "without a partner in every method"),
         ]
     )
     figures = "".join(page.figure(plot.svg, plot.caption) for plot in drawn)
@@ -61,6 +60,10 @@ def write_comparison(folders: Sequence[Path], out: Path) -> Path:
     path = out / "comparison.html"
     write_atomically(path, page.page(title, "\n".join(parts)))
     return path
+
+
+def _left_out(runs: int, why: str) -> list[str]:
+    return [f"left out: {runs} run{'s' if runs > 1 else ''} {why}"] if runs else []
 
 
 def _tables(runs: Sequence[Finished]) -> list[Table]:

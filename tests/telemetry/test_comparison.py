@@ -96,7 +96,7 @@ def test_means_are_taken_over_models_and_seeds_that_every_method_has(lab: Path) 
     label(folder, "hpt", "large", 3, {"a": 0, "b": 0, "c": 0, "d": 0})
     write_comparison([lab], lab)
     markdown = (lab / "comparison.md").read_text()
-    assert "1 runs left out that not every method has a partner of" in markdown
+    assert "left out: 1 run without a partner in every method" in markdown
     assert rows(markdown, "Held-out accuracy after training")["hpt"][0] == "71.9 ± 9.5"
 
 
