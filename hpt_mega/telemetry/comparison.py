@@ -211,7 +211,8 @@ def _course(runs: Sequence[Finished]) -> Table:
         own = _of(runs, method)
         row = [method]
         for key, as_text in (
-            ("sft_fraction", _percent), ("entropy", "{:.3f}".format), ("response_length", "{:.1f}".format),
+            ("sft_fraction", _percent), ("objective/offline_gradient_share", _percent),
+            ("entropy", "{:.3f}".format), ("response_length", "{:.1f}".format),
         ):  # fmt: skip
             row.append(" → ".join(as_text(value) for value in _ends(own, key)) or "–")
         seconds = fmean(run.summary["seconds"]["total"] for run in own)
@@ -219,9 +220,9 @@ def _course(runs: Sequence[Finished]) -> Table:
     return Table(
         "Course of training",
         "First → last tenth of the steps, means over runs: share of questions (percent) whose demonstration "
-        "is trained on, entropy of the trained tokens (nats), length of rollouts (tokens). Seconds of the "
-        "last stage.",
-        ["method", "SFT share", "entropy", "length", "seconds"],
+        "is trained on, the demonstrations' share of the gradient (percent of Σ |d loss / d log π|), entropy "
+        "of the trained tokens (nats), length of rollouts (tokens). Seconds of the last stage.",
+        ["method", "SFT share", "of the gradient", "entropy", "length", "seconds"],
         rows,
     )
 
