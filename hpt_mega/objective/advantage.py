@@ -54,6 +54,13 @@ def group_norm(reward: Tensor, group: Tensor, own: Tensor, options: Options) -> 
     return centered / torch.where(groups.equal, 1.0, variance.sqrt() + options.std_eps)
 
 
+def group_ratio(reward: Tensor, group: Tensor, own: Tensor, options: Options) -> Tensor:
+    """A = (R - mean) / mean of the group, 0 unless mean > 0: estimates ∇log P (MaxRL, arXiv 2602.02710)."""
+    groups = _Groups(reward, group, own)
+    mean = groups.sum(reward) / groups.size.clamp(min=1)
+    return torch.where(mean > 0, _center(reward, groups) / mean.clamp(min=torch.finfo(mean.dtype).tiny), 0.0)
+
+
 def joint_group_norm(reward: Tensor, group: Tensor, own: Tensor, options: Options) -> Tensor:
     """group_norm over rollouts and demonstrations of a question together (LUFFY, SRFT)."""
     return group_norm(reward, group, torch.ones_like(own), options)
@@ -145,6 +152,7 @@ SEQUENCE_ADVANTAGES: dict[str, SequenceAdvantage] = {
     "reward": reward_itself,
     "group_mean": group_mean,
     "group_norm": group_norm,
+    "group_ratio": group_ratio,
     "joint_group_mean": joint_group_mean,
     "joint_group_norm": joint_group_norm,
     "leave_one_out": leave_one_out,

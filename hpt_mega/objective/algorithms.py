@@ -90,6 +90,13 @@ _ROWS = (
         aggregation="token_mean",
     ),
     Row(
+        "maxrl",
+        paper="MaxRL, arXiv 2602.02710",
+        formula="A · ∇log π,  A = (R - mean_group) / mean_group",
+        parts=Parts("group_ratio", "current"),
+        aggregation="token_mean",
+    ),
+    Row(
         "cispo",
         paper="CISPO (MiniMax-M1), arXiv 2506.13585",
         formula=f"clip(r) · A · ∇log π,  r = π/π_old,  {_GROUP_NORM}",

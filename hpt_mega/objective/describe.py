@@ -66,7 +66,7 @@ save sft, rft and dpo, which treat every sequence alike.
 _NOTES = """\
 ## Where a published version differs
 
-- **Normaliser.** reinforce, rloo and ppo are published as sums over a sequence's tokens, averaged over
+- **Normaliser.** reinforce, rloo, maxrl and ppo are published as sums over a sequence's tokens, averaged over
   sequences: `aggregation=constant length=1`. Here they take the mean over all tokens of the step, as common
   implementations do.
 - **grpo.** The KL term of the paper (k3, 0.04) is off; `kl_coef=0.04` turns it on.

@@ -60,7 +60,7 @@ def parts(cfg: Config) -> Iterator[str]:
     if (
         n == 1
         and bool((alpha > 0).any())
-        and row.parts.advantage in ("group_mean", "group_norm", "leave_one_out", "preference")
+        and row.parts.advantage in ("group_mean", "group_norm", "group_ratio", "leave_one_out", "preference")
     ):
         yield (
             f"algorithm={row.name} compares the rollouts of a question and rollout.rollouts_per_question "

@@ -170,6 +170,19 @@ def rloo(case: Case) -> Tensor:
     return token_average(case, per_token)
 
 
+def maxrl(case: Case) -> Tensor:
+    """The mean of ∇log π over the right rollouts less that over all, times the group's size."""
+
+    def per_token(i: int) -> Tensor:
+        mates = case.mates(i)
+        right, logp = sum(mates), case.sequence(i, "logp")
+        if right in (0, len(mates)):
+            return 0 * logp
+        return -(case.number(i, "reward") / right - 1 / len(mates)) * len(mates) * logp
+
+    return token_average(case, per_token)
+
+
 def cispo(case: Case) -> Tensor:
     def per_token(i: int) -> Tensor:
         logp = case.sequence(i, "logp")
@@ -259,6 +272,7 @@ PUBLISHED: dict[str, tuple[Callable[[Case], Tensor], dict[str, Any]]] = {
     "reinforce": (reinforce, {}),
     "reinforce_pp": (reinforce_pp, {}),
     "rloo": (rloo, {}),
+    "maxrl": (maxrl, {}),
     "cispo": (cispo, {"clip_low": 0.3, "clip_high": 0.2}),
     "gspo": (gspo, {"clip_low": 0.05, "clip_high": 0.1}),
     "srft": (srft, {}),

@@ -41,7 +41,7 @@ def test_advantages_do_not_depend_on_a_shift_of_the_rewards(
         torch.testing.assert_close(grouped(name, values)[0], grouped(name, shifted)[0], rtol=0, atol=1e-8)
 
 
-@pytest.mark.parametrize("name", ["grpo", "dr_grpo", "rloo", "reinforce_pp", "luffy", "srft"])
+@pytest.mark.parametrize("name", ["grpo", "dr_grpo", "rloo", "maxrl", "reinforce_pp", "luffy", "srft"])
 @given(value=st.floats(-5, 5), size=st.integers(1, 9))
 @settings(max_examples=40)
 def test_equal_rewards_teach_exactly_nothing(name: str, value: float, size: int) -> None:
@@ -49,6 +49,12 @@ def test_equal_rewards_teach_exactly_nothing(name: str, value: float, size: int)
     for dtype in (torch.float32, torch.float64):
         advantage = algorithm(name, std_eps=0.0).advantages(torch.full((size,), value, dtype=dtype), group)
         assert (advantage == 0).all()
+
+
+def test_maxrl_divides_by_the_pass_rate_and_never_by_less_than_zero() -> None:
+    reward = torch.tensor([1.0, 0.0, 0.0, 0.0, -1.0, 0.0], dtype=torch.float64)
+    found = algorithm("maxrl").advantages(reward, torch.tensor([3, 3, 3, 3, 5, 5]))
+    assert found.tolist() == [3, -1, -1, -1, 0, 0]
 
 
 def test_hpt_leaves_demonstrations_out_of_the_group_and_luffy_takes_them_in() -> None:
