@@ -57,6 +57,19 @@ def test_maxrl_divides_by_the_pass_rate_and_never_by_less_than_zero() -> None:
     assert found.tolist() == [3, -1, -1, -1, 0, 0]
 
 
+@pytest.mark.parametrize("n", [2, 3, 5])
+def test_maxrl_expects_the_gradient_of_log_p_but_for_what_its_samples_miss(n: int) -> None:
+    """E[mean of A ∇log π] = (1 - (1 - P)^(n - 1)) ∇log P, here over all n-tuples of three answers."""
+    policy = torch.tensor([0.2, 0.3, 0.5], dtype=torch.float64)  # the first is right
+    scores = torch.eye(3, dtype=torch.float64) - policy  # ∇log π of each answer, by its logits
+    drawn_GN = torch.cartesian_prod(*[torch.arange(3)] * n)
+    group = torch.arange(len(drawn_GN)).repeat_interleave(n)
+    advantage = algorithm("maxrl").advantages((drawn_GN.flatten() == 0).double(), group)
+    estimate_G3 = (advantage.view(-1, n, 1) * scores[drawn_GN]).mean(1)
+    expected = (policy[drawn_GN].prod(1)[:, None] * estimate_G3).sum(0)
+    torch.testing.assert_close(expected, (1 - (1 - policy[0]) ** (n - 1)) * scores[0])
+
+
 def test_hpt_leaves_demonstrations_out_of_the_group_and_luffy_takes_them_in() -> None:
     reward = torch.tensor([1.0, 0.0, 0.0, 1.0, 1.0], dtype=torch.float64)
     group, source = torch.tensor([7, 7, 7, 7, 8]), torch.tensor([0, 0, 0, 1, 1])
