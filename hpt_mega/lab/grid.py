@@ -129,9 +129,9 @@ def _run(cfg: LabConfig, folder: Path, home: Path, cell: str, method: str, seed:
         settings = (
             "experiment=lab/train",
             *_data(cfg, folder, "training"),
+            f"trainer.steps={cfg.steps // len(stages)}",
             *cfg.training,
             *(override.replace("{data}", str(folder / "data")) for override in overrides),
-            f"trainer.steps={cfg.steps // len(stages)}",
             f"model.path={model}",
             f"seed={seed * 100 + number}",  # the stages ask different questions
             "resume=auto",

@@ -14,6 +14,8 @@ from hpt_mega.lab.exercises import draw
 from hpt_mega.lab.grid import Run, base_models, runs
 from hpt_mega.lab.models import tokenizer
 
+COMPARES_METHODS = ("demonstrations", "horizon", "likelihood")  # ablations of more than HPT
+
 
 def configs(run: Run) -> list[Config]:
     return [compose(job.settings) for job in run.jobs if job.verb == "train"]
@@ -80,7 +82,7 @@ def test_an_ablation_has_every_variant_on_one_model_and_seeds_of_the_grid(tmp_pa
         assert {run.cell for run in grid} == {"llama_1m"}
         assert [(run.method, run.seed) for run in grid] == [(v, s) for s in cfg.seeds for v in variants]
         algorithms = {configs(run)[0].algorithm.name for run in grid[: len(variants)]}
-        assert algorithms == {"hpt"} or (name in ("demonstrations", "likelihood") and "hpt" in algorithms)
+        assert algorithms == {"hpt"} or (name in COMPARES_METHODS and "hpt" in algorithms)
     with pytest.raises(ConfigError, match="no such ablation; known: threshold"):
         cfg.ablation("gates")
 
