@@ -38,7 +38,7 @@ class LabConfig:
     seeds: list[int] = field(default_factory=list)
     families: list[str] = field(default_factory=list)
     sizes: list[str] = field(default_factory=list)
-    steps: int = 60  # of optimisation, of every method
+    steps: int = 60  # of optimisation, of every method; a variant of an ablation may have its own
     samples: int = 64  # a held-out question, for pass@k
     deadline_s: float = 1800.0  # of one model, one run or one evaluation
     data: DataSets = field(default_factory=DataSets)

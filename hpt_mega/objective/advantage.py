@@ -57,8 +57,8 @@ def group_norm(reward: Tensor, group: Tensor, own: Tensor, options: Options) -> 
 def group_ratio(reward: Tensor, group: Tensor, own: Tensor, options: Options) -> Tensor:
     """A = (R - mean) / mean of the group, 0 unless mean > 0: estimates ∇log P (MaxRL, arXiv 2602.02710)."""
     groups = _Groups(reward, group, own)
-    mean = groups.sum(reward) / groups.size.clamp(min=1)
-    return torch.where(mean > 0, _center(reward, groups) / mean.clamp(min=torch.finfo(mean.dtype).tiny), 0.0)
+    mean = groups.mean(reward)
+    return torch.where(mean > 0, _center(reward, groups) / mean, 0.0)
 
 
 def joint_group_norm(reward: Tensor, group: Tensor, own: Tensor, options: Options) -> Tensor:
@@ -126,6 +126,10 @@ class _Groups:
         total = x.new_zeros(self._count).index_add_(0, self._index, torch.where(self._own, x, 0.0))
         return total[self._index]
 
+    def mean(self, x: Tensor) -> Tensor:
+        """[N]: the mean over them; 0 where there are none."""
+        return self.sum(x) / self.size.clamp(min=1)
+
     def _reduce(self, x: Tensor, how: str) -> Tensor:
         result = x.new_zeros(self._count).scatter_reduce_(0, self._index, x, how, include_self=False)
         return result[self._index]
@@ -133,7 +137,7 @@ class _Groups:
 
 def _center(reward: Tensor, groups: _Groups) -> Tensor:
     """R - mean, exactly 0 where all rewards of a group are equal: there is nothing to learn from them."""
-    return torch.where(groups.equal, 0.0, reward - groups.sum(reward) / groups.size.clamp(min=1))
+    return torch.where(groups.equal, 0.0, reward - groups.mean(reward))
 
 
 def _partners(pair: Tensor) -> Tensor:
@@ -160,6 +164,8 @@ SEQUENCE_ADVANTAGES: dict[str, SequenceAdvantage] = {
 }
 TOKEN_ADVANTAGES: dict[str, TokenAdvantage] = {"gae": gae, "preference": preference}
 
+# those that a single rollout a question teaches nothing
+COMPARES_ROLLOUTS = frozenset({"group_mean", "group_norm", "group_ratio", "leave_one_out", "preference"})
 _WITHOUT_GROUP = frozenset({"one", "correct", "sign", "reward", "batch_norm"})
 
 

@@ -8,6 +8,7 @@ import torch
 
 from hpt_mega.config import Config
 from hpt_mega.objective import Row, algorithm
+from hpt_mega.objective.advantage import COMPARES_ROLLOUTS
 from hpt_mega.scheduler import gate
 
 
@@ -57,11 +58,7 @@ def parts(cfg: Config) -> Iterator[str]:
             f"rollout.rollouts_per_question is 0 and gate {cfg.gate.name!r} keeps the rollouts of unsolved "
             "questions; set gate=demonstrations, or sample at least 1"
         )
-    if (
-        n == 1
-        and bool((alpha > 0).any())
-        and row.parts.advantage in ("group_mean", "group_norm", "group_ratio", "leave_one_out", "preference")
-    ):
+    if n == 1 and bool((alpha > 0).any()) and row.parts.advantage in COMPARES_ROLLOUTS:
         yield (
             f"algorithm={row.name} compares the rollouts of a question and rollout.rollouts_per_question "
             "is 1: there is nothing to compare; set at least 2"
