@@ -71,12 +71,13 @@ def _do(
     cfg: LabConfig, grid: LabConfig, folder: Path, models: Sequence[Run], trained: Sequence[Run], workers: int
 ) -> list[str]:
     from hpt_mega.lab.config import keep
-    from hpt_mega.lab.grid import prepare
+    from hpt_mega.lab.grid import prepare, reuse, runs
     from hpt_mega.lab.runner import execute, lock
 
     keep(cfg, folder)
     with lock(folder):
         prepare(grid, folder)
+        reuse(trained, runs(cfg, folder, METHODS))
         failures = execute(models, workers, cfg.deadline_s)
         return failures or execute(trained, workers, cfg.deadline_s)
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hpt_mega.lab.config import LabConfig
@@ -59,6 +60,13 @@ class Run:
     def is_done(self) -> bool:
         return all(job.is_done for job in self.jobs)
 
+    @property
+    def settings(self) -> tuple[str, ...]:
+        """Of all jobs, wherever the run's folder is: runs of the same settings are the same run."""
+        return tuple(
+            setting.replace(str(self.folder), "RUN") for job in self.jobs for setting in job.settings
+        )
+
     def begin(self) -> None:
         """Write what telemetry/runs.py knows the run by."""
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -73,6 +81,18 @@ class Run:
             for heavy in ("checkpoints", "hf"):
                 shutil.rmtree(job.run_dir / heavy, ignore_errors=True)
             (job.run_dir / "responses.jsonl").unlink(missing_ok=True)
+
+
+def reuse(runs: Sequence[Run], others: Sequence[Run]) -> None:
+    """Copy what the others have done already: a variant of an ablation may be a method of the main grid."""
+    done = {other.settings: other for other in others if other.is_done}
+    for run in runs:
+        if run.settings in done and not run.folder.exists():
+            part = run.folder.with_name(f"{run.folder.name}.part")
+            shutil.rmtree(part, ignore_errors=True)
+            shutil.copytree(done[run.settings].folder, part)
+            replace(run, folder=part).begin()
+            part.rename(run.folder)
 
 
 def prepare(cfg: LabConfig, folder: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 from hpt_mega.config import ConfigError
 from hpt_mega.lab.config import DataSets, LabConfig
 from hpt_mega.lab.exercises import Portion
-from hpt_mega.lab.grid import Job, Run, base_models, prepare, runs
+from hpt_mega.lab.grid import Job, Run, base_models, prepare, reuse, runs
 from hpt_mega.lab.runner import JobError, Worker, execute, lock
 from hpt_mega.telemetry.runs import Counts, find
 
@@ -78,6 +79,13 @@ def test_a_lab_is_done_once_and_what_a_kill_interrupted_goes_on_with_the_same_nu
     assert execute(grid, 1, 120) == []
     assert stamps(tmp_path) == before
     monkeypatch.undo()
+
+    variants = {"switch": CFG.methods["hpt"], "soft": [["algorithm=hpt", "gate=soft"]]}
+    ablation = runs(replace(CFG, methods=variants), tmp_path, "ablation")
+    reuse(ablation, grid)
+    assert [(run.method, run.is_done) for run in ablation] == [("switch", True), ("soft", False)]
+    (switch,) = find([tmp_path / "ablation"])
+    assert (switch.method, switch.records, switch.base) == ("switch", hpt.records, hpt.base)
 
     job = next(run for run in runs(CFG, tmp_path, "killed") if run.method == "hpt").jobs[0]
     worker = Worker(120)
