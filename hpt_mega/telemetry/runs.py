@@ -15,6 +15,7 @@ from hpt_mega.config import ConfigError
 from hpt_mega.telemetry.records import Record, read
 
 LABEL, COUNTS = "label.json", "counts.json"
+ALGORITHM = "algorithm.name"
 PLACE = ("run_dir", "seed", "resume", "model.path")  # keys of the config that are no part of a method
 
 
@@ -111,18 +112,24 @@ def _joined(parts: Sequence[Sequence[Record]]) -> list[Record]:
 
 
 def _names(configs: Mapping[Path, Mapping[str, Any]]) -> dict[Path, str]:
-    """What tells the configs of unlabelled runs apart, as KEY=VALUE; the algorithm where nothing does."""
+    """What tells the configs of unlabelled runs apart: the algorithm's name, other keys as KEY=VALUE."""
     flat = {home: dict(_leaves(config)) for home, config in configs.items()}
     keys = sorted({key for one in flat.values() for key in one if key not in PLACE})
     differing = [key for key in keys if len({str(one.get(key)) for one in flat.values()}) > 1]
-    brief = [key for key in differing if not key.startswith("algorithm.options")]
-    full, short = ({home: _named(one, keys) for home, one in flat.items()} for keys in (differing, brief))
-    # an algorithm's name stands for its options, as long as they are its own
-    return short if len(set(short.values())) == len(set(full.values())) else full
+    names = {home: _named(one, differing) for home, one in flat.items()}
+    # an algorithm's name stands for the options and the gate that come with it, as long as they are its own
+    for implied in (("algorithm.options.", "gate."), ("algorithm.options.",)):
+        left = [key for key in differing if not key.startswith(implied)]
+        brief = {home: _named(one, left) for home, one in flat.items()}
+        if len(set(brief.values())) == len(set(names.values())):
+            return brief
+    return names
 
 
 def _named(config: Mapping[str, Any], keys: Sequence[str]) -> str:
-    return " ".join(f"{key}={config.get(key)}" for key in keys) or str(config["algorithm.name"])
+    algorithm = str(config[ALGORITHM])
+    parts = [algorithm if key == ALGORITHM else f"{key}={config.get(key)}" for key in keys]
+    return " ".join(parts) or algorithm
 
 
 def _leaves(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -133,12 +133,17 @@ def test_unlabelled_runs_are_named_by_what_tells_them_apart(
     assert overall["optimizer.lr=0.003"][0].startswith("37.5 ± ")
 
 
-def test_algorithms_are_named_without_the_options_that_come_with_them(tmp_path: Path) -> None:
-    for name in ("hpt", "sft"):
+def test_an_algorithm_s_name_stands_for_what_comes_with_it_unless_that_was_changed(tmp_path: Path) -> None:
+    for name in ("hpt", "grpo", "sft"):
         make(tmp_path / name, f"algorithm={name}")
-    names = {run.method for run in find([tmp_path])}
-    assert all("algorithm.options" not in name for name in names)
-    assert len(names) == 2
+    assert {run.method for run in find([tmp_path])} == {"hpt", "grpo", "sft"}
+    make(tmp_path / "soft", "algorithm=hpt", "gate=soft")
+    names = {run.folder.name: run.method for run in find([tmp_path])}
+    assert (names["hpt"].split()[:2], names["soft"].split()[:2]) == (
+        ["hpt", "gate.name=switch"],
+        ["hpt", "gate.name=soft"],
+    )
+    assert not any("algorithm.options" in name for name in names.values())
 
 
 def test_a_folder_without_finished_runs_is_named(tmp_path: Path) -> None:
