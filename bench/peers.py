@@ -244,8 +244,8 @@ def trl(cfg: Config, steps: int) -> Measured:
                 model_init_kwargs={"dtype": dtype(cfg)},
                 gradient_checkpointing=False,
                 per_device_train_batch_size=MICROBATCH,
-                gradient_accumulation_steps=QUESTIONS * SAMPLES // MICROBATCH,
-                num_generations=SAMPLES,
+                gradient_accumulation_steps=of_step(cfg) // MICROBATCH,
+                num_generations=cfg.rollout.rollouts_per_question,
                 max_completion_length=cfg.rollout.max_new_tokens,
                 temperature=cfg.rollout.temperature,
                 beta=0.0,
@@ -265,6 +265,11 @@ def trl(cfg: Config, steps: int) -> Measured:
     return clock.measured
 
 
+def of_step(cfg: Config) -> int:
+    """The samples of a step."""
+    return cfg.trainer.questions_per_step * cfg.rollout.rollouts_per_question
+
+
 def dtype(cfg: Config) -> str:
     return {"bf16": "bfloat16", "fp32": "float32"}[cfg.precision.dtype]
 
@@ -276,10 +281,11 @@ def loop(cfg: Config, steps: int) -> Measured:
 
     clock, grade = Clock(), grader(cfg)
     tokenizer, asked = questions(cfg)
+    count, samples = cfg.trainer.questions_per_step, cfg.rollout.rollouts_per_question
     model = AutoModelForCausalLM.from_pretrained(cfg.model.path, dtype=getattr(torch, dtype(cfg)))
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.optimizer.lr, weight_decay=0.0)
     for step in range(steps + 1):
-        batch = asked[step * QUESTIONS : (step + 1) * QUESTIONS]
+        batch = asked[step * count : (step + 1) * count]
         clock.begin()
         with clock.rollout(), torch.no_grad():
             given = tokenizer.pad({"input_ids": [list(q.prompt_tokens) for q in batch]}, return_tensors="pt")
@@ -288,7 +294,7 @@ def loop(cfg: Config, steps: int) -> Measured:
                 do_sample=True,
                 temperature=cfg.rollout.temperature,
                 top_k=0,
-                num_return_sequences=SAMPLES,
+                num_return_sequences=samples,
                 max_new_tokens=cfg.rollout.max_new_tokens,
                 eos_token_id=tokenizer.eos_token_id,
                 pad_token_id=tokenizer.pad_token_id,
@@ -298,10 +304,10 @@ def loop(cfg: Config, steps: int) -> Measured:
         mask_BT = (ended_BT == 0) | ((ended_BT == 1) & (made_BS[:, start:] == tokenizer.eos_token_id))
         clock.sampled(float(mask_BT.sum()))
         texts = tokenizer.batch_decode(made_BS[:, start:], skip_special_tokens=True)
-        reward = torch.tensor(grade(texts, [q.answer for q in batch for _ in range(SAMPLES)]))
-        group = reward.view(QUESTIONS, SAMPLES)
+        reward = torch.tensor(grade(texts, [q.answer for q in batch for _ in range(samples)]))
+        group = reward.view(count, samples)
         advantage_B = ((group - group.mean(1, keepdim=True)) / (group.std(1, keepdim=True) + 1e-6)).flatten()
-        prompt_mask = given["attention_mask"].repeat_interleave(SAMPLES, 0)
+        prompt_mask = given["attention_mask"].repeat_interleave(samples, 0)
         optimizer.zero_grad()
         for first in range(0, len(made_BS), MICROBATCH):
             part = slice(first, first + MICROBATCH)
