@@ -6,10 +6,13 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from hpt_mega.config import compose
+from hpt_mega.validation import validate
 from tests.toy import save_toy, settings
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -49,3 +52,23 @@ def test_own_task_trains_on_its_own_files_and_reward(tmp_path: Path) -> None:
     assert all("How many" in sample["question"] for sample in samples) and len(samples) > 1
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["steps"] == 1 and summary["final_accuracy"] is not None
+
+
+def test_smollm2_gsm_gives_three_algorithms_the_same_questions_and_steps(tmp_path: Path) -> None:
+    stub = tmp_path / "hpt"
+    stub.write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" "" >> {tmp_path}/calls\n')
+    stub.chmod(0o755)
+    subprocess.run([EXAMPLES / "smollm2_gsm" / "run.sh"], env=os.environ | {"HPT": str(stub)}, check=True)
+    *trained, report = [call.split("\n") for call in (tmp_path / "calls").read_text().strip().split("\n\n")]
+    assert report == ["report", "runs/smollm2_gsm"]
+    configs = [compose(settings) for verb, *settings in trained if verb == "train"]
+    for cfg in configs:
+        validate(cfg)
+    assert [cfg.algorithm.name for cfg in configs] == ["hpt", "grpo", "sft"]
+    assert {Path(cfg.run_dir) for cfg in configs} == {
+        Path("runs/smollm2_gsm") / c.algorithm.name for c in configs
+    }
+    assert [cfg.rollout.rollouts_per_question for cfg in configs] == [4, 4, 0]
+    hpt = configs[0]
+    own = {name: getattr(hpt, name) for name in ("algorithm", "gate", "rollout", "run_dir")}
+    assert [replace(cfg, **own) for cfg in configs] == [hpt] * 3

@@ -15,7 +15,7 @@ from statistics import fmean
 from hpt_mega.evaluation.results import powers_of_two
 from hpt_mega.telemetry import comparison_plots, page
 from hpt_mega.telemetry.records import write_atomically
-from hpt_mega.telemetry.runs import Finished, comparable, find, unfinished
+from hpt_mega.telemetry.runs import Finished, comparable, find, unfinished, unnamed
 from hpt_mega.telemetry.significance import Mean, blocked, paired
 
 REFERENCE = "hpt"  # the method that others are tested against; where it is not there, the first
@@ -46,6 +46,7 @@ def write_comparison(folders: Sequence[Path], out: Path) -> Path:
             f"models: {', '.join(_cells(runs))}",
             f"seeds: {', '.join(map(str, sorted({run.seed for run in runs})))}",
             f"{max(run.records[-1]['step'] for run in runs)} steps each",
+            *(f"{key} differs too" for key in unnamed(runs)),
             *_left_out(unfinished(folders), "unfinished"),
             *_left_out(len(found) - len(runs), "without a partner in every method"),
         ]

@@ -15,7 +15,8 @@ from hpt_mega.config import ConfigError
 from hpt_mega.telemetry.records import Record, read
 
 LABEL, COUNTS = "label.json", "counts.json"
-ALGORITHM = "algorithm.name"
+ALGORITHM, GATE = "algorithm.name", "gate."
+IMPLIED = ("algorithm.options.", GATE)  # keys that come with an algorithm
 PLACE = ("run_dir", "seed", "resume", "model.path")  # keys of the config that are no part of a method
 
 
@@ -112,18 +113,31 @@ def _joined(parts: Sequence[Sequence[Record]]) -> list[Record]:
 
 
 def _names(configs: Mapping[Path, Mapping[str, Any]]) -> dict[Path, str]:
-    """What tells the configs of unlabelled runs apart: the algorithm's name, other keys as KEY=VALUE."""
+    """What tells the configs of unlabelled runs apart: the algorithm's name where that will do, else also the
+    other keys that differ, as KEY=VALUE."""
     flat = {home: dict(_leaves(config)) for home, config in configs.items()}
-    keys = sorted({key for one in flat.values() for key in one if key not in PLACE})
-    differing = [key for key in keys if len({str(one.get(key)) for one in flat.values()}) > 1]
+    differing = _differing(list(flat.values()))
+    own = [key for key in differing if not key.startswith(IMPLIED)]
     names = {home: _named(one, differing) for home, one in flat.items()}
-    # an algorithm's name stands for the options and the gate that come with it, as long as they are its own
-    for implied in (("algorithm.options.", "gate."), ("algorithm.options.",)):
-        left = [key for key in differing if not key.startswith(implied)]
-        brief = {home: _named(one, left) for home, one in flat.items()}
+    for keys in ([ALGORITHM], own, [*own, *(key for key in differing if key.startswith(GATE))]):
+        brief = {home: _named(one, keys) for home, one in flat.items()}
         if len(set(brief.values())) == len(set(names.values())):
             return brief
     return names
+
+
+def unnamed(runs: Sequence[Finished]) -> list[str]:
+    """Keys in which unlabelled runs differ though no name says so, but for what comes with an algorithm."""
+    configs = [dict(_leaves(run.summary["config"])) for run in runs if not (run.folder / LABEL).is_file()]
+    named = {part.partition("=")[0] for run in runs for part in run.method.split()}
+    return [
+        key for key in _differing(configs) if not key.startswith((ALGORITHM, *IMPLIED)) and key not in named
+    ]
+
+
+def _differing(configs: Sequence[Mapping[str, Any]]) -> list[str]:
+    keys = sorted({key for one in configs for key in one if key not in PLACE})
+    return [key for key in keys if len({str(one.get(key)) for one in configs}) > 1]
 
 
 def _named(config: Mapping[str, Any], keys: Sequence[str]) -> str:

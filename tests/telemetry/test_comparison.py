@@ -13,7 +13,7 @@ from hpt_mega.cli import main
 from hpt_mega.config import ConfigError, compose, save
 from hpt_mega.telemetry.comparison import write_comparison
 from hpt_mega.telemetry.records import append
-from hpt_mega.telemetry.runs import COUNTS, LABEL, find, unfinished
+from hpt_mega.telemetry.runs import COUNTS, LABEL, find, unfinished, unnamed
 from hpt_mega.telemetry.summary import summarise
 
 STEPS = 20
@@ -133,17 +133,23 @@ def test_unlabelled_runs_are_named_by_what_tells_them_apart(
     assert overall["optimizer.lr=0.003"][0].startswith("37.5 ± ")
 
 
-def test_an_algorithm_s_name_stands_for_what_comes_with_it_unless_that_was_changed(tmp_path: Path) -> None:
-    for name in ("hpt", "grpo", "sft"):
-        make(tmp_path / name, f"algorithm={name}")
-    assert {run.method for run in find([tmp_path])} == {"hpt", "grpo", "sft"}
-    make(tmp_path / "soft", "algorithm=hpt", "gate=soft")
-    names = {run.folder.name: run.method for run in find([tmp_path])}
-    assert (names["hpt"].split()[:2], names["soft"].split()[:2]) == (
-        ["hpt", "gate.name=switch"],
-        ["hpt", "gate.name=soft"],
+def test_an_algorithm_s_name_will_do_where_it_tells_runs_apart_and_what_else_differs_is_said(
+    tmp_path: Path,
+) -> None:
+    for name, more in {"hpt": [], "grpo": ["optimizer.lr=3e-3"], "sft": []}.items():
+        make(tmp_path / name, f"algorithm={name}", *more)
+    found = find([tmp_path])
+    assert {run.method for run in found} == {"hpt", "grpo", "sft"}
+    assert unnamed(found) == ["optimizer.lr"]
+    assert (
+        "· optimizer.lr differs too" in write_comparison([tmp_path], tmp_path).with_suffix(".md").read_text()
     )
-    assert not any("algorithm.options" in name for name in names.values())
+    make(tmp_path / "soft", "algorithm=hpt", "gate=soft")
+    found = find([tmp_path])
+    names = {run.folder.name: run.method for run in found}
+    assert names["hpt"] == "hpt optimizer.lr=2e-05 gate.name=switch gate.options.threshold=0.0"
+    assert names["soft"].startswith("hpt optimizer.lr=2e-05 gate.name=soft ")
+    assert unnamed(found) == []
 
 
 def test_a_folder_without_finished_runs_is_named(tmp_path: Path) -> None:
