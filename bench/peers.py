@@ -54,7 +54,7 @@ class Measured:
 
 
 def overrides(model: str, folder: Path) -> list[str]:
-    """The run, as `hpt train` takes it; the peers read the same config."""
+    """The run, as `hpt train` takes it; the peers read the same config. The 5 M model is made there."""
     common = [
         "parallel=single",
         f"trainer.questions_per_step={QUESTIONS}",
@@ -68,6 +68,7 @@ def overrides(model: str, folder: Path) -> list[str]:
     ]
     if model == "smollm2":
         return ["experiment=demo", *common]
+    _make_5m(folder)
     return [
         "experiment=lab/train",
         *common,
@@ -84,7 +85,7 @@ def even(response: str, answer: str) -> float:
     return float(len(response) % 2 == 0)
 
 
-def make_5m(folder: Path) -> None:
+def _make_5m(folder: Path) -> None:
     """A model of 5 M random weights, and questions for it."""
     from hpt_mega.lab import exercises, models
 
@@ -134,13 +135,19 @@ CONTENDERS = {
 }
 
 
+def reward_path() -> dict[str, str]:
+    """The environment variable by which reward workers find `even`."""
+    folder = str(Path(__file__).parent)
+    return {"PYTHONPATH": os.pathsep.join(filter(None, [folder, os.environ.get("PYTHONPATH", "")]))}
+
+
 def finish(command: Sequence[str], folder: Path) -> float:
     """Run a contender to its end; the peak resident memory of the largest process of its tree, MiB."""
-    path = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]))
-    environment = os.environ | {"PYTHONPATH": path}  # for `even`
     peak, end, log = 0, time.monotonic() + DEADLINE_S, folder / "log"
     with log.open("w") as sink:
-        process = subprocess.Popen(command, env=environment, stdout=sink, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(
+            command, env=os.environ | reward_path(), stdout=sink, stderr=subprocess.STDOUT
+        )
     while process.poll() is None:
         if time.monotonic() > end:
             process.kill()
@@ -212,6 +219,7 @@ def trl(cfg: Config, steps: int) -> Measured:
 
     clock = Clock()
     tokenizer, asked = questions(cfg)
+    count, samples = cfg.trainer.questions_per_step, cfg.rollout.rollouts_per_question
     rows = [{"prompt": tokenizer.decode(q.prompt_tokens), "answer": q.answer} for q in asked]
 
     class Timed(GRPOTrainer):
@@ -244,8 +252,8 @@ def trl(cfg: Config, steps: int) -> Measured:
                 model_init_kwargs={"dtype": dtype(cfg)},
                 gradient_checkpointing=False,
                 per_device_train_batch_size=MICROBATCH,
-                gradient_accumulation_steps=of_step(cfg) // MICROBATCH,
-                num_generations=cfg.rollout.rollouts_per_question,
+                gradient_accumulation_steps=count * samples // MICROBATCH,
+                num_generations=samples,
                 max_completion_length=cfg.rollout.max_new_tokens,
                 temperature=cfg.rollout.temperature,
                 beta=0.0,
@@ -263,11 +271,6 @@ def trl(cfg: Config, steps: int) -> Measured:
         ).train()
 
     return clock.measured
-
-
-def of_step(cfg: Config) -> int:
-    """The samples of a step."""
-    return cfg.trainer.questions_per_step * cfg.rollout.rollouts_per_question
 
 
 def dtype(cfg: Config) -> str:
@@ -378,8 +381,6 @@ def main() -> None:
             for name, run in CONTENDERS.items():
                 with tempfile.TemporaryDirectory() as scratch:
                     folder = Path(scratch)
-                    if model == "5m":
-                        make_5m(folder)
                     found[name].add(run(overrides(model, folder), options.steps, folder))
                 seconds = ", ".join(f"{step_s:.2f}" for step_s in found[name].step_s[-options.steps :])
                 print(f"{model}, round {number + 1}, {name}: {seconds} s a step", flush=True)

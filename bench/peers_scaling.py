@@ -15,7 +15,7 @@ import statistics
 import tempfile
 from pathlib import Path
 
-from bench.peers import CONTENDERS, QUESTIONS, SAMPLES, Measured, make_5m, overrides
+from bench.peers import CONTENDERS, QUESTIONS, SAMPLES, Measured, overrides
 
 OURS, PEER = "ours, GRPO", "TRL, GRPO"
 LENGTH = 64  # of a response at most
@@ -34,7 +34,6 @@ def measure(case: tuple[int, int, int], contender: str, steps: int) -> Measured:
     questions, samples, length = case
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        make_5m(folder)
         settings = [
             *overrides("5m", folder),
             f"trainer.questions_per_step={questions}",

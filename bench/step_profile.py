@@ -18,7 +18,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.peers import make_5m, overrides
+from bench.peers import overrides, reward_path
 
 ROOT = Path(__file__).parents[1]
 SHOWN = 0.05  # of all time
@@ -39,8 +39,7 @@ def profile(settings: list[str], steps: int, run_dir: Path, out: Path) -> None:
     from hpt_mega.rollout.process import free_port
     from hpt_mega.trainer import Trainer
 
-    reward_path = os.pathsep.join(filter(None, [str(ROOT / "bench"), os.environ.get("PYTHONPATH", "")]))
-    os.environ |= {"PYTHONPATH": reward_path}  # for peers.even
+    os.environ |= reward_path()
     os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
     os.environ |= {"MASTER_PORT": str(free_port()), "GLOO_SOCKET_IFNAME": "lo"}
     python, train_step = cProfile.Profile(), Trainer.train_step
@@ -92,8 +91,6 @@ def section(model: str, steps: int) -> list[str]:
     """The lines of one model, which is trained in a process of its own."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        if model == "5m":
-            make_5m(folder)
         out = folder / "profile.json"
         settings = [*overrides(model, folder), "algorithm=grpo"]
         process = multiprocessing.get_context("spawn").Process(
@@ -106,9 +103,7 @@ def section(model: str, steps: int) -> list[str]:
         seen = Profile(*json.loads(out.read_text()))
     return [
         f"\n## {model}\n",
-        "Phases: "
-        + ", ".join(f"{name} {share:.0%}" for name, share in seen.phases.items() if name != "step")
-        + ".",
+        f"Phases: {', '.join(f'{name} {share:.0%}' for name, share in seen.phases.items())}.",
         *_table("function, with all that it calls", seen.functions),
         *_table("operation of torch, alone", seen.kernels),
     ]
