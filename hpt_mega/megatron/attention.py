@@ -1,7 +1,6 @@
-"""Core attention of the local (CPU) layer spec, and the key/value cache that rollouts decode from.
+"""Core attention of the local (CPU) layer spec, in place of megatron-core's unfused softmax.
 
-TE brings its own core attention on GPUs, to which the cache is added; CoreAttention replaces megatron-core's
-unfused softmax.
+TE brings its own on GPUs. Decoding from a cache is in decoding.py, other shapes are in variants.py.
 """
 
 from __future__ import annotations
@@ -21,44 +20,6 @@ from hpt_mega.megatron import cpu
 cpu.install()
 
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region  # noqa: E402
-
-
-class KVCache:
-    """Keys and values of one layer for a batch of sequences of unequal lengths.
-
-    keys_BGLD / values_BGLD: B sequences, G query groups on this tensor-parallel rank, L positions, D
-    channels. `positions_B` is where the next token of each sequence goes; it is shared by all layers and
-    advanced by the engine.
-    """
-
-    def __init__(self, keys_BGLD: Tensor, values_BGLD: Tensor) -> None:
-        self.keys_BGLD = keys_BGLD
-        self.values_BGLD = values_BGLD
-
-    def write_prompt(self, key_SBGD: Tensor, value_SBGD: Tensor) -> None:
-        length = key_SBGD.shape[0]
-        self.keys_BGLD[:, :, :length] = key_SBGD.permute(1, 2, 0, 3)
-        self.values_BGLD[:, :, :length] = value_SBGD.permute(1, 2, 0, 3)
-
-    def write_token(self, key_1BGD: Tensor, value_1BGD: Tensor, positions_B: Tensor) -> None:
-        rows = torch.arange(len(positions_B), device=positions_B.device)
-        self.keys_BGLD[rows, :, positions_B] = key_1BGD[0]
-        self.values_BGLD[rows, :, positions_B] = value_1BGD[0]
-
-    def select(self, rows: Tensor) -> None:
-        """Keep (or repeat) the given rows of the batch."""
-        self.keys_BGLD = self.keys_BGLD.index_select(0, rows)
-        self.values_BGLD = self.values_BGLD.index_select(0, rows)
-
-
-class DecodeState:
-    """What every layer needs to know about the decode step in progress."""
-
-    def __init__(self, positions_B: Tensor, visible: int) -> None:
-        self.positions_B = positions_B
-        self.visible = visible  # cache positions that can hold a token of any sequence
-        mask_BL = torch.arange(visible, device=positions_B.device) <= positions_B[:, None]
-        self.mask_B11L = mask_BL[:, None, None, :]
 
 
 class CoreAttention(torch.nn.Module):
@@ -88,48 +49,6 @@ class CoreAttention(torch.nn.Module):
     def attend(self, query_SBND: Tensor, key_LBGD: Tensor, value_LBGD: Tensor) -> Tensor:
         """The queries stand at the last S of the L positions, and see no later one."""
         return causal_attention(query_SBND, key_LBGD, value_LBGD)
-
-
-class Decoding:
-    """Lets a core attention, the base class after this one, decode from a cache.
-
-    With a cache attached, a forward over several positions fills it (prefill) and a forward over one
-    position with a DecodeState reads it (decode); neither is packed, nor shared over context-parallel ranks.
-    """
-
-    cache: KVCache | None = None
-    decode: DecodeState | None = None
-
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """As CoreAttention's."""
-        if self.cache is None:
-            out: Tensor = super().forward(query, key, value, *args, **kwargs)  # type: ignore[misc]
-            return out
-        if self.decode is not None:
-            return decode_attention(query, key, value, self.cache, self.decode)
-        self.cache.write_prompt(key, value)
-        return causal_attention(query, key, value)
-
-
-def with_decoding(core: type) -> type:
-    """A plain causal core attention, ours or TE's, that can decode too."""
-    return type(f"Decoding{core.__name__}", (Decoding, core), {})
-
-
-def decode_attention(query: Tensor, key: Tensor, value: Tensor, cache: KVCache, state: DecodeState) -> Tensor:
-    """One new position a sequence, [1, B, N, D], over what the cache holds and itself: [1, B, N * D]."""
-    cache.write_token(key, value, state.positions_B)
-    _, batch, heads, channels = query.shape
-    groups = key.shape[2]
-    # the query heads of a group share its keys: treat them as rows of one small matrix
-    query_BGRD = query[0].view(batch, groups, heads // groups, channels)
-    out_BGRD = scaled_dot_product_attention(
-        query_BGRD,
-        cache.keys_BGLD[:, :, : state.visible],
-        cache.values_BGLD[:, :, : state.visible],
-        attn_mask=state.mask_B11L,
-    )
-    return out_BGRD.reshape(1, batch, heads * channels)
 
 
 def packed_attention(

@@ -29,7 +29,8 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.utils import set_model_to_sequence_parallel  # noqa: E402
 
 from hpt_mega.megatron import precision  # noqa: E402
-from hpt_mega.megatron.attention import CoreAttention, Decoding, with_decoding  # noqa: E402
+from hpt_mega.megatron.attention import CoreAttention  # noqa: E402
+from hpt_mega.megatron.decoding import Decoding, with_decoding  # noqa: E402
 from hpt_mega.megatron.runtime import Layout  # noqa: E402
 from hpt_mega.megatron.variants import LatentCoreAttention, WindowAttention  # noqa: E402
 from hpt_mega.resharding.mapping.fusion import padded_vocab_size  # noqa: E402
@@ -66,9 +67,9 @@ class PolicyModel(GPTModel):
         if self.config.multi_latent_attention:
             _refuse_other_positions(position_ids)
             return decoder_input, None, None, None, None, None
-        return decoder_input, self._rotary_frequencies(position_ids), None, None, None, None
+        return decoder_input, self.rotary_angles(position_ids), None, None, None, None
 
-    def _rotary_frequencies(self, position_ids_BS: Tensor) -> Tensor:
+    def rotary_angles(self, position_ids_BS: Tensor) -> Tensor:
         """[S, B or 1, 1, D] angles; megatron-core broadcasts them over heads."""
         inverse = self.rotary_pos_emb.inv_freq.to(position_ids_BS.device)
         angles_SBD = position_ids_BS.t()[..., None].float() * inverse

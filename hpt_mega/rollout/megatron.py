@@ -8,16 +8,17 @@ travel; under tensor parallelism each rank decodes its heads and vocabulary rows
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
+from itertools import chain
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from hpt_mega.megatron import experts
-from hpt_mega.megatron.attention import DecodeState, KVCache
+from hpt_mega.megatron.decoding import Decoder, KVCache, NextToken, hidden_slots
 from hpt_mega.megatron.model import PolicyModel
 from hpt_mega.megatron.runtime import Layout
 from hpt_mega.rollout.engine import Collect, Sample, SamplingParams
@@ -46,6 +47,10 @@ class MegatronEngine:
         self._version = policy_version
         group = experts.ranks().group if model.config.num_moe_experts else None
         self._expert_group = group if group is not None and group.size() > 1 else None
+
+    @cached_property
+    def _decoders(self) -> list[Decoder]:
+        return [Decoder(chunk) for chunk in self._model.chunks]
 
     @property
     def policy_version(self) -> int:
@@ -103,36 +108,43 @@ class MegatronEngine:
         by_prompt: dict[int, list[Sample]] = {}
         for group in groups:
             for row, prompt in enumerate(group.prompt_of_row):
-                by_prompt.setdefault(prompt, []).append(group.sample(row, sampling, self._version))
+                by_prompt.setdefault(prompt, []).append(group.sample(row, self._version))
         return [by_prompt[i] for i in range(len(prompts))]
 
     def _deal(self, prompts: list[list[int]], uniforms: Tensor, sampling: SamplingParams) -> list[_Group]:
         """Long and short prompts alternate between the groups, so that their work is alike."""
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-        groups = []
+        groups, device, dtype = [], self._layout.device, self._model.config.params_dtype
         for index in range(min(self._layout.pp_size, len(prompts))):
             members = order[index :: self._layout.pp_size]
             rows = [i * sampling.n + j for i in members for j in range(sampling.n)]
             own = [prompts[i] for i in members]
-            groups.append(_Group(index, members, own, uniforms[rows], sampling.n, self._layout.device))
+            groups.append(_Group(index, members, own, uniforms[rows], sampling.n, device, dtype))
         return groups
 
     def _advance(
         self, group: _Group, number: int, sampling: SamplingParams, pending: list[dist.Work]
     ) -> None:
-        """Run a chunk of this stage on the group's next position, and pass on what the next one needs."""
+        """Run a chunk of this stage on the group's prompts, or next position; pass on what the next needs."""
         layout, chunk = self._layout, self._model.chunks[number]
         tokens, positions = group.next_inputs()
+        hidden = None
         if not chunk.pre_process:
             shape = (tokens.shape[1], tokens.shape[0], chunk.config.hidden_size)
             hidden = torch.empty(shape, dtype=chunk.config.params_dtype, device=layout.device)
             source = layout.stage_rank((layout.pp_rank - 1) % layout.pp_size)
             dist.recv(hidden, source, layout.pp_group, tag=group.index)
-            chunk.set_input_tensor(hidden)
         if self._expert_group is not None:
             self._announce(True)
-        with self._attached(group):
-            hidden = chunk(tokens, positions, None)
+        if group.in_prefill:
+            chunk.set_input_tensor(hidden)
+            with group.lend_caches(chunk):
+                hidden = chunk(tokens, positions, None)
+        else:
+            if hidden is None:
+                hidden = chunk.embedding(input_ids=tokens, position_ids=positions)
+            token = group.next_token(chunk.rotary_angles(positions))
+            hidden = self._decoders[number](hidden, token, group.caches[number])
         if chunk.post_process:
             group.drawn = self._draw(group, hidden, sampling)
             for stage in range(layout.pp_size - 1):
@@ -198,28 +210,6 @@ class MegatronEngine:
         assert drawn is not None
         group.record(drawn, sampling)
 
-    def _attached(self, group: _Group) -> _Attached:
-        return _Attached(self._model, group)
-
-
-class _Attached:
-    """Lends a group's caches to the attention layers for one forward."""
-
-    def __init__(self, model: PolicyModel, group: _Group) -> None:
-        self._layers = [layer for chunk in model.chunks for layer in chunk.core_attentions()]
-        self._group = group
-        if not group.caches:
-            group.allocate(model)
-
-    def __enter__(self) -> None:
-        state = self._group.decode_state()
-        for layer, cache in zip(self._layers, self._group.caches, strict=True):
-            layer.cache, layer.decode = cache, state
-
-    def __exit__(self, *exc: object) -> None:
-        for layer in self._layers:
-            layer.cache = layer.decode = None
-
 
 @dataclass
 class _Group:
@@ -235,20 +225,24 @@ class _Group:
     all_uniforms: Tensor
     samples_per_prompt: int
     device: torch.device
-    caches: list[KVCache] = field(default_factory=list)
+    dtype: torch.dtype
+    caches: list[list[KVCache]] = field(default_factory=list)  # of each chunk's layers
     drawn: Tensor | None = None
     step: int = 0  # tokens drawn so far
     in_prefill: bool = True
 
     def __post_init__(self) -> None:
-        count = len(self.prompts) * self.samples_per_prompt
+        count, longest_response = self.all_uniforms.shape
         self.rows = torch.arange(count)
         self.unfinished = torch.ones(count, dtype=torch.bool)  # over rows still in the batch
-        self.tokens: list[list[int]] = [[] for _ in range(count)]
-        self.logp: list[list[float]] = [[] for _ in range(count)]
-        self.stopped = [False] * count
-        self.last_tokens = torch.empty(0, dtype=torch.long)
+        self.tokens = torch.zeros(count, longest_response, dtype=torch.long)
+        self.logp = torch.zeros(count, longest_response, dtype=torch.float64)
+        self.lengths = torch.zeros(count, dtype=torch.long)
+        self.stopped = torch.zeros(count, dtype=torch.bool)
         self.prompt_lengths = torch.tensor([len(prompt) for prompt in self.prompts])
+        self.longest_prompt = int(self.prompt_lengths.max())
+        slots = self.longest_prompt + longest_response
+        self.hidden_slots = hidden_slots(self.prompt_lengths, slots, self.dtype).to(self.device)
 
     @property
     def active(self) -> bool:
@@ -261,12 +255,13 @@ class _Group:
     def next_inputs(self) -> tuple[Tensor, Tensor]:
         """Token and position ids [B, S]: the right-padded prompts first, then one token a row."""
         if not self.in_prefill:
-            return self.last_tokens[:, None], self._positions()[:, None].to(self.device)
-        longest = int(self.prompt_lengths.max())
-        tokens = torch.zeros(len(self.prompts), longest, dtype=torch.long)
+            positions = self.prompt_lengths[self.rows // self.samples_per_prompt] + self.step - 1
+            newest = self.tokens[self.rows, self.step - 1]
+            return newest[:, None].to(self.device), positions[:, None].to(self.device)
+        tokens = torch.zeros(len(self.prompts), self.longest_prompt, dtype=torch.long)
         for row, prompt in enumerate(self.prompts):
             tokens[row, : len(prompt)] = torch.tensor(prompt)
-        return tokens.to(self.device), torch.arange(longest, device=self.device)[None]
+        return tokens.to(self.device), torch.arange(self.longest_prompt, device=self.device)[None]
 
     def last_positions(self) -> Tensor:
         """Index into the forward's sequence dimension of each row's newest token."""
@@ -277,27 +272,31 @@ class _Group:
     def uniforms(self) -> Tensor:
         return self.all_uniforms[self.rows, self.step].to(self.device)
 
-    def decode_state(self) -> DecodeState | None:
-        if self.in_prefill:
-            return None
-        positions = self._positions()
-        return DecodeState(positions.to(self.device), int(positions.max()) + 1)
+    def next_token(self, angles_1B1D: Tensor) -> NextToken:
+        """Where the row's newest token is in the caches and in its sequence."""
+        return NextToken(self.longest_prompt + self.step - 1, self.hidden_slots, angles_1B1D)
 
-    def _positions(self) -> Tensor:
-        return self.prompt_lengths[self.rows // self.samples_per_prompt] + self.step - 1
+    @contextmanager
+    def lend_caches(self, chunk: PolicyModel) -> Iterator[None]:
+        """While the prompts run through a chunk, its attention layers have empty caches to fill.
 
-    def allocate(self, model: PolicyModel) -> None:
-        """Empty caches for the prompts; they grow to one row a sample once the prompts are in."""
-        config = model.config
+        The caches grow to one row a sample once the prompts are in.
+        """
+        config, layers = chunk.config, chunk.core_attentions()
         groups = config.num_query_groups // config.tensor_model_parallel_size
-        length = int(self.prompt_lengths.max()) + self.all_uniforms.shape[1]
-        shape = (len(self.prompts), groups, length, config.kv_channels)
-        for chunk in model.chunks:
-            for _ in chunk.core_attentions():
-                keys, values = (
-                    torch.zeros(shape, dtype=config.params_dtype, device=self.device) for _ in range(2)
-                )
-                self.caches.append(KVCache(keys, values))
+        shape = (len(self.prompts), groups, self.hidden_slots.shape[-1], config.kv_channels)
+        caches = [
+            KVCache(*(torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in range(2)))
+            for _ in layers
+        ]
+        for layer, cache in zip(layers, caches, strict=True):
+            layer.cache = cache
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer.cache = None
+        self.caches.append(caches)
 
     def after_forward(self) -> None:
         if self.in_prefill:
@@ -305,31 +304,31 @@ class _Group:
             self.in_prefill = False
 
     def record(self, drawn: Tensor, sampling: SamplingParams) -> None:
-        """Append the drawn tokens to the rows that are unfinished, then compact the batch if it pays."""
+        """Note the tokens that were drawn for the rows, then compact the batch if it pays."""
+        tokens, logp = drawn[0].long().cpu(), drawn[1].cpu()
+        self.tokens[self.rows, self.step], self.logp[self.rows, self.step] = tokens, logp
         self.step += 1
-        self.last_tokens = drawn[0].long()
-        drawn_tokens, drawn_logp = self.last_tokens.tolist(), drawn[1].tolist()
-        for place, (row, token) in enumerate(zip(self.rows.tolist(), drawn_tokens, strict=True)):
-            if not self.unfinished[place]:
-                continue
-            self.tokens[row].append(token)
-            self.logp[row].append(drawn_logp[place])
-            self.stopped[row] = token in sampling.stop_tokens
-            if self.stopped[row] or self.step == sampling.max_new_tokens:
-                self.unfinished[place] = False
+        self.lengths[self.rows[self.unfinished]] = self.step
+        stops = self.unfinished & torch.isin(tokens, torch.tensor(sampling.stop_tokens, dtype=torch.long))
+        self.stopped[self.rows[stops]] = True
+        self.unfinished &= ~stops
+        if self.step == sampling.max_new_tokens:
+            self.unfinished.zero_()
         if self.active and self.unfinished.float().mean() < _COMPACT_BELOW:
             self._compact()
 
     def _compact(self) -> None:
         keep = self.unfinished.nonzero()[:, 0]
         self._select(keep)
-        self.rows, self.last_tokens = self.rows[keep], self.last_tokens[keep]
-        self.unfinished = self.unfinished[keep]
+        self.rows, self.unfinished = self.rows[keep], self.unfinished[keep]
 
     def _select(self, rows: Tensor) -> None:
         places = rows.to(self.device)
-        for cache in self.caches:
+        self.hidden_slots = self.hidden_slots.index_select(0, places)
+        for cache in chain.from_iterable(self.caches):
             cache.select(places)
 
-    def sample(self, row: int, sampling: SamplingParams, version: int) -> Sample:
-        return Sample(tuple(self.tokens[row]), tuple(self.logp[row]), self.stopped[row], version)
+    def sample(self, row: int, version: int) -> Sample:
+        length = int(self.lengths[row])
+        tokens, logp = self.tokens[row, :length].tolist(), self.logp[row, :length].tolist()
+        return Sample(tuple(tokens), tuple(logp), bool(self.stopped[row]), version)

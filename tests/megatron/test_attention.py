@@ -1,4 +1,4 @@
-"""The CPU's core attention beside torch's own with repeated keys, and decoding beside the full forward."""
+"""The CPU's core attention beside torch's own with repeated keys."""
 
 from __future__ import annotations
 
@@ -12,13 +12,9 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from hpt_mega.megatron.attention import (
-    CoreAttention,
-    DecodeState,
-    KVCache,
     _short_bf16_attention,
     causal_attention,
     packed_attention,
-    with_decoding,
 )
 from hpt_mega.megatron.variants import WindowAttention
 
@@ -73,42 +69,6 @@ def test_bf16_stays_within_its_round_off() -> None:
     found = causal_attention(*leaves)
     assert found.dtype is torch.bfloat16
     torch.testing.assert_close(found.double(), expected_attention(*leaves), rtol=0.02, atol=0.02)
-
-
-def core() -> Any:
-    return with_decoding(CoreAttention)(SimpleNamespace(context_parallel_size=1), 1)
-
-
-@pytest.mark.parametrize("heads", [2, 6])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_decoding_from_the_cache_is_the_full_forward(heads: int, dtype: torch.dtype) -> None:
-    """Prompts of unequal lengths, right-padded; then one token a row, each at its own position."""
-    query, key, value = (x.detach() for x in inputs(heads, dtype))
-    prompts = torch.tensor([4, 1, 6])
-    full = expected_attention(query, key, value)
-    tolerance = 1e-5 if dtype is torch.float32 else 0.02
-    attention = core()
-    attention.cache = KVCache(
-        *(torch.full((BATCH, GROUPS, LENGTH, CHANNELS), 7.0, dtype=dtype) for _ in range(2))
-    )
-    longest = int(prompts.max())
-    prefilled = attention(query[:longest], key[:longest], value[:longest])
-    torch.testing.assert_close(prefilled.double(), full[:longest], rtol=tolerance, atol=tolerance)
-    for step in range(LENGTH - longest):
-        positions = prompts + step
-        rows = torch.arange(BATCH)
-        attention.decode = DecodeState(positions, int(positions.max()) + 1)
-        token = (x[positions, rows][None] for x in (query, key, value))
-        decoded = attention(*token)[0]
-        torch.testing.assert_close(decoded.double(), full[positions, rows], rtol=tolerance, atol=tolerance)
-
-
-def test_selected_rows_of_the_cache_keep_their_keys() -> None:
-    keys, values = torch.randn(3, 2, 4, 5), torch.randn(3, 2, 4, 5)
-    cache = KVCache(keys, values)
-    cache.select(torch.tensor([2, 0, 0]))
-    assert torch.equal(cache.keys_BGLD, torch.stack([keys[2], keys[0], keys[0]]))
-    assert torch.equal(cache.values_BGLD, torch.stack([values[2], values[0], values[0]]))
 
 
 @pytest.mark.parametrize("kernel", [causal_attention, _short_bf16_attention])

@@ -1,0 +1,117 @@
+"""Decoding a token at a time beside the model's own forward of whole sequences."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from hpt_mega.config import Fp8Config, ParallelConfig, PrecisionConfig
+from hpt_mega.lab import models
+from hpt_mega.megatron.attention import CoreAttention, causal_attention
+from hpt_mega.megatron.decoding import KVCache, hidden_slots, with_decoding
+from tests.megatron.tiny import build_policy, config, leave_job, save_mixture
+from tests.ranks import run_ranks
+
+PROMPTS = ((3, 4, 5), (6, 7, 8, 9, 10, 11, 12), (2,))
+NEW_TOKENS = 9
+
+
+def save(folder: Path, family: str) -> Path:
+    """Llama without biases, Qwen2 with them, Qwen3 with norms of queries and keys, or one with experts."""
+    if family == "mixture":
+        return save_mixture(folder)
+    if family != "qwen3":
+        models.save(folder, family, "1m", seed=5)
+        return folder
+    torch.manual_seed(5)
+    shape = {**models.SIZES["1m"], "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 21}
+    model = Qwen3ForCausalLM(Qwen3Config(**shape, max_position_embeddings=64, dtype="float32"))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.uniform_(0.7, 1.3)
+    model.save_pretrained(folder)
+    return folder
+
+
+PRECISIONS = {
+    "fp32": PrecisionConfig("fp32"),
+    "bf16": PrecisionConfig("bf16"),
+    "fp8": PrecisionConfig("bf16", fp8=Fp8Config(recipe="blockwise")),
+}
+
+
+def largest_gap(folder: Path, precision: str) -> tuple[float, float]:
+    """Between the engine's log-probabilities and those of one forward: the largest, and the mean."""
+    from hpt_mega.rollout.engine import SamplingParams
+    from hpt_mega.rollout.megatron import MegatronEngine
+
+    cfg = config(ParallelConfig(1, 1, 1))
+    cfg.precision = PRECISIONS[precision]
+    policy = build_policy(folder, cfg, train=False)
+    size = policy.shape.vocab_size
+    engine = MegatronEngine(policy.model, policy.layout, vocab_size=size, max_sequences=16)
+    samples = engine.generate(PROMPTS, SamplingParams(n=2, max_new_tokens=NEW_TOKENS, seed=4))
+    gaps: list[Tensor] = []
+    with torch.no_grad(), policy.model.inference():
+        for prompt, group in zip(PROMPTS, samples, strict=True):
+            for sample in group:
+                tokens = torch.tensor([[*prompt, *sample.tokens]])
+                hidden = policy.model(tokens, torch.arange(tokens.shape[1])[None], None)[:, 0]
+                logits = hidden[len(prompt) - 1 : -1] @ policy.model.output_weight().t()
+                logp = torch.log_softmax(logits[:, :size].float(), -1)
+                gaps.append((logp[range(NEW_TOKENS), sample.tokens] - torch.tensor(sample.logp)).abs())
+    leave_job()
+    gap = torch.cat(gaps)
+    return float(gap.max()), float(gap.mean())
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mixture"])
+def test_a_token_at_a_time_gives_the_log_probabilities_of_the_whole_sequence(
+    family: str, tmp_path: Path
+) -> None:
+    ((largest, _),) = run_ranks(largest_gap, 1, tmp_path, save(tmp_path / "model", family), "fp32")
+    assert largest < 2e-5
+
+
+@pytest.mark.parametrize(("precision", "bound"), [("bf16", 3e-3), ("fp8", 0.02)])
+def test_in_low_precision_they_differ_by_its_round_off(precision: str, bound: float, tmp_path: Path) -> None:
+    ((_, mean),) = run_ranks(largest_gap, 1, tmp_path, save(tmp_path / "model", "qwen2"), precision)
+    print(f"{precision}: mean log-prob difference {mean:.1e}")
+    assert mean < bound
+
+
+def test_a_prompt_fills_the_cache_lent_to_its_attention() -> None:
+    generator = torch.Generator().manual_seed(1)
+    query, key, value = (torch.randn(4, 3, heads, 5, generator=generator) for heads in (6, 2, 2))
+    attention: Any = with_decoding(CoreAttention)(SimpleNamespace(context_parallel_size=1), 1)
+    assert torch.equal(attention(query, key, value), causal_attention(query, key, value))
+    attention.cache = KVCache(*(torch.full((3, 2, 6, 5), 7.0) for _ in range(2)))
+    assert torch.equal(attention(query, key, value), causal_attention(query, key, value))
+    for cached, given in ((attention.cache.keys_BGLD, key), (attention.cache.values_BGLD, value)):
+        assert torch.equal(cached[:, :, :4], given.permute(1, 2, 0, 3))
+        assert (cached[:, :, 4:] == 7).all()
+
+
+def test_slots_between_a_prompt_and_the_longest_one_are_hidden() -> None:
+    hidden = hidden_slots(torch.tensor([2, 4, 1]), slots=6, dtype=torch.float32)
+    assert hidden.shape == (3, 1, 1, 6)
+    assert torch.isinf(hidden[:, 0, 0]).int().tolist() == [
+        [0, 0, 1, 1, 0, 0],
+        [0, 0, 0, 0, 0, 0],
+        [0, 1, 1, 1, 0, 0],
+    ]
+
+
+def test_selected_rows_of_the_cache_keep_their_keys() -> None:
+    keys, values = torch.randn(3, 2, 4, 5), torch.randn(3, 2, 4, 5)
+    cache = KVCache(keys, values)
+    cache.select(torch.tensor([2, 0, 0]))
+    assert torch.equal(cache.keys_BGLD, torch.stack([keys[2], keys[0], keys[0]]))
+    assert torch.equal(cache.values_BGLD, torch.stack([values[2], values[0], values[0]]))
