@@ -20,7 +20,7 @@ from pathlib import Path
 
 from hpt_mega.config import ConfigError
 from hpt_mega.lab.grid import Job, Run
-from hpt_mega.rollout.process import free_port
+from hpt_mega.rollout.process import die_with_parent, free_port
 from hpt_mega.telemetry.terminal import duration
 
 
@@ -91,6 +91,7 @@ class Worker:
                 "GLOO_SOCKET_IFNAME": "lo",
                 "PYTHONPATH": path,
             },
+            preexec_fn=die_with_parent,
         )
         return self.process
 

@@ -23,7 +23,6 @@ from hpt_mega.evaluation.config import compose as compose_evaluation
 from hpt_mega.evaluation.engines import job_config
 from hpt_mega.evaluation.journal import GREEDY, SAMPLED, Journal
 from hpt_mega.interruption import Interruption
-from hpt_mega.launch import die_with_parent
 from hpt_mega.megatron import runtime
 from hpt_mega.telemetry.metrics import PhaseTimer
 from hpt_mega.telemetry.records import write_atomically
@@ -78,7 +77,6 @@ VERBS: dict[str, Callable[[Sequence[str]], None]] = {"train": train_here, "eval"
 
 def main() -> int:
     """Work until standard input ends. A job that fails ends the process: the next one gets a fresh one."""
-    die_with_parent()
     replies = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
     for line in sys.stdin:
         job = json.loads(line)

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
 import threading
 import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from hpt_mega.config import ConfigError
@@ -119,6 +124,28 @@ def test_a_failed_job_says_why_and_where_to_read_on(tmp_path: Path) -> None:
         worker.do(job)
     assert "Traceback" in (tmp_path / "run" / "logs" / "lab.log").read_text()
     worker.close()
+
+
+def test_a_worker_dies_with_its_lab_however_early_that_is_killed() -> None:
+    """While the worker still imports: it would do its first job to the end."""
+    script = """if True:
+        import os, signal
+        from hpt_mega.lab.runner import Worker
+        worker = Worker(60)._start()
+        worker.send_signal(signal.SIGSTOP)
+        print(worker.pid, flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+    """
+    printed = subprocess.run([sys.executable, "-c", script], stdout=subprocess.PIPE, timeout=120).stdout
+    for _ in range(100):
+        try:
+            if psutil.Process(int(printed)).status() == psutil.STATUS_ZOMBIE:
+                return  # nobody has asked for its exit code yet
+        except psutil.NoSuchProcess:
+            return
+        time.sleep(0.1)
+    os.kill(int(printed), signal.SIGKILL)
+    pytest.fail("the worker outlived its lab")
 
 
 def test_two_labs_do_not_share_a_folder(tmp_path: Path) -> None:
