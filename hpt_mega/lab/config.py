@@ -43,7 +43,7 @@ class LabConfig:
     deadline_s: float = 1800.0  # of one model, one run or one evaluation
     data: DataSets = field(default_factory=DataSets)
     pretraining: dict[str, list[str]] = field(default_factory=dict)  # by size: overrides
-    training: list[str] = field(default_factory=list)  # overrides of every method
+    training: dict[str, list[str]] = field(default_factory=dict)  # by size: overrides of every method
     methods: dict[str, Any] = field(default_factory=dict)  # name: Stages
     ablations: dict[str, Any] = field(default_factory=dict)  # name: Variants, on the first family and size
 
@@ -74,8 +74,9 @@ def read(name: str) -> LabConfig:
     for key, given, known in (("families", cfg.families, FAMILIES), ("sizes", cfg.sizes, SIZES)):
         if unknown := [one for one in given if one not in known]:
             raise ConfigError(f"lab: {key} has {unknown[0]!r}, expected {' or '.join(known)}")
-    if missing := [size for size in cfg.sizes if size not in cfg.pretraining]:
-        raise ConfigError(f"lab: pretraining has nothing for size {missing[0]!r}; name its overrides")
+    for key, by_size in (("pretraining", cfg.pretraining), ("training", cfg.training)):
+        if missing := [size for size in cfg.sizes if size not in by_size]:
+            raise ConfigError(f"lab: {key} has nothing for size {missing[0]!r}; name its overrides")
     for method, stages in {**cfg.methods, **_flat(cfg.ablations)}.items():
         if not stages or cfg.steps % len(stages):
             raise ConfigError(

@@ -133,15 +133,16 @@ def runs(cfg: LabConfig, folder: Path, home: str) -> list[Run]:
     """Every method on every model with every seed, below FOLDER/HOME; seed by seed, so that a lab that is
     stopped half-way has compared all methods on the seeds that it did."""
     return [
-        _run(cfg, folder, folder / home / cell / method / str(seed), cell, method, seed)
+        _run(cfg, folder, home, family, size, method, seed)
         for seed in cfg.seeds
-        for cell in (f"{family}_{size}" for family, size in cfg.cells)
+        for family, size in cfg.cells
         for method in cfg.methods
     ]
 
 
-def _run(cfg: LabConfig, folder: Path, home: Path, cell: str, method: str, seed: int) -> Run:
-    stages = cfg.methods[method]
+def _run(cfg: LabConfig, folder: Path, below: str, family: str, size: str, method: str, seed: int) -> Run:
+    stages, cell = cfg.methods[method], f"{family}_{size}"
+    home = folder / below / cell / method / str(seed)
     jobs: list[Job] = []
     model, last = folder / BASE / cell / "hf", len(stages) - 1
     for number, overrides in enumerate(stages):
@@ -150,7 +151,7 @@ def _run(cfg: LabConfig, folder: Path, home: Path, cell: str, method: str, seed:
             "experiment=lab/train",
             *_data(cfg, folder, "training"),
             f"trainer.steps={cfg.steps // len(stages)}",
-            *cfg.training,
+            *cfg.training[size],
             *(override.replace("{data}", str(folder / "data")) for override in overrides),
             f"model.path={model}",
             f"seed={seed * 100 + number}",  # the stages ask different questions

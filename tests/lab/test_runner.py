@@ -38,7 +38,9 @@ CFG = LabConfig(
         outside=[Portion("sum", 3, 4)],
     ),
     pretraining={"1m": ["trainer.steps=1", "trainer.questions_per_step=4"]},
-    training=["trainer.questions_per_step=3", "trainer.save_every=2", "rollout.rollouts_per_question=2"],
+    training={
+        "1m": ["trainer.questions_per_step=3", "trainer.save_every=2", "rollout.rollouts_per_question=2"]
+    },
     methods={"hpt": [["algorithm=hpt"]], "sft_grpo": [["algorithm=sft"], ["algorithm=grpo"]]},
 )
 
