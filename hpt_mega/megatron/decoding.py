@@ -115,7 +115,7 @@ class _Layer:
         attention = layer.self_attention
         self._attention_norm, self._mlp_norm = layer.input_layernorm, layer.pre_mlp_layernorm
         self._query_norm, self._key_norm = attention.q_layernorm, attention.k_layernorm
-        self._qkv, self._out = _product(attention.linear_qkv), _product(attention.linear_proj)
+        self._qkv, self._out = _linear(attention.linear_qkv), _linear(attention.linear_proj)
         self._mlp = _mlp(layer.mlp)
 
     def __call__(
@@ -156,23 +156,15 @@ def _rotated(heads_BGRD: Tensor, cosine_B11D: Tensor, sine_B11D: Tensor) -> Tens
     return torch.addcmul(heads_BGRD * cosine_B11D, swapped_BGRD, sine_B11D)
 
 
-def _attention(query_BGRD: Tensor, key_BGLD: Tensor, value_BGLD: Tensor, hidden_B11L: Tensor) -> Tensor:
-    if not query_BGRD.is_cpu or query_BGRD.dtype is not torch.float32:
-        return scaled_dot_product_attention(query_BGRD, key_BGLD, value_BGLD, attn_mask=hidden_B11L)
-    # two threads share the fused kernel's work so badly that plain products are 1.5 to 3 times faster
-    scores_BGRL = (query_BGRD * query_BGRD.shape[-1] ** -0.5) @ key_BGLD.transpose(2, 3)
-    return scores_BGRL.add_(hidden_B11L).softmax(-1) @ value_BGLD
-
-
-def _product(module: Any) -> Operation:
-    """A linear layer on [B, H]."""
+def _linear(module: Any) -> Operation:
+    """A linear layer on the rows of a decoding step, [B, H]."""
     if not _is_plain(module):
         return lambda x_BH: module(x_BH[None])[0][0]
     if isinstance(module, ColumnParallelLinear) or module.tp_group.size() == 1:
-        return lambda x_BH: linear(x_BH, module.weight, module.bias)
+        return lambda x_BH: _product(x_BH, module.weight, module.bias)
 
     def partial_sum(x_BH: Tensor) -> Tensor:
-        out_BH = linear(x_BH, module.weight)
+        out_BH = _product(x_BH, module.weight).contiguous()
         dist.all_reduce(out_BH, group=module.tp_group)
         return out_BH
 
@@ -190,10 +182,34 @@ def _mlp(module: Any) -> Operation:
     """The part after the attention on [B, H]: gated products, or whatever the layer has, experts included."""
     if type(module) is not MLP or not _is_plain(module.linear_fc1):
         return lambda x_BH: module(x_BH[None])[0][0]
-    up, down, activation = _product(module.linear_fc1), _product(module.linear_fc2), module.activation_func
+    up, down, activation = _linear(module.linear_fc1), _linear(module.linear_fc2), module.activation_func
 
     def gated(x_BH: Tensor) -> Tensor:
         gate_BF, value_BF = up(x_BH).chunk(2, dim=-1)
         return down(activation(gate_BF).mul_(value_BF))
 
     return gated
+
+
+def _attention(query_BGRD: Tensor, key_BGLD: Tensor, value_BGLD: Tensor, hidden_B11L: Tensor) -> Tensor:
+    if not _shared_by_threads(query_BGRD):
+        return scaled_dot_product_attention(query_BGRD, key_BGLD, value_BGLD, attn_mask=hidden_B11L)
+    scores_BGRL = (query_BGRD * query_BGRD.shape[-1] ** -0.5) @ key_BGLD.transpose(2, 3)
+    return scores_BGRL.add_(hidden_B11L).softmax(-1) @ value_BGLD
+
+
+def _product(x_BK: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None) -> Tensor:
+    """[B, K] and [N, K] -> [B, N]."""
+    if not _shared_by_threads(x_BK):
+        return linear(x_BK, weight_NK, bias_N)
+    out_BN = (weight_NK @ x_BK.contiguous().t()).t()
+    return out_BN if bias_N is None else out_BN + bias_N
+
+
+def _shared_by_threads(x: Tensor) -> bool:
+    """Where torch's own operation takes longer than the same by other products.
+
+    Of a few rows of fp32 the fused attention is slower with two threads than with one, and a product is
+    hardly faster; plain products take a third of the attention's time, a transposed one two thirds of its.
+    """
+    return x.is_cpu and x.dtype is torch.float32 and torch.get_num_threads() > 1
