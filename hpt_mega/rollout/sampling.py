@@ -7,6 +7,7 @@ from torch import Tensor
 
 _LIKELY = 1024  # tokens that hold nearly every nucleus; finding them costs a fraction of a sort
 _WHOLE = 2**52  # the integer that stands for probability 1
+_AT_ONCE = 2**20  # logits; of more, a CPU would write each intermediate to fresh pages outside its cache
 
 
 def uniform_draws(count: int, max_new_tokens: int, seed: int) -> Tensor:
@@ -23,6 +24,13 @@ def sample_tokens(
     temperature 0 takes the most likely token. top_p keeps the smallest set of tokens whose probability
     reaches it; the reported log-probability is the one before that truncation.
     """
+    rows = max(1, _AT_ONCE // logits_BV.shape[1]) if logits_BV.is_cpu else len(logits_BV)
+    parts = zip(logits_BV.split(rows), uniforms_B.split(rows), strict=True)
+    tokens, logp = zip(*(_sample(*part, temperature, top_p) for part in parts), strict=True)
+    return torch.cat(tokens), torch.cat(logp)
+
+
+def _sample(logits_BV: Tensor, uniforms_B: Tensor, temperature: float, top_p: float) -> tuple[Tensor, Tensor]:
     logits_BV = logits_BV.float()
     if temperature not in (0.0, 1.0):
         logits_BV = logits_BV / temperature

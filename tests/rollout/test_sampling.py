@@ -63,6 +63,20 @@ def test_top_p_keeps_exactly_the_smallest_set_and_its_proportions(
     assert bool(((found[kept] - expected).abs() < 4 * deviation + 1e-9).all())
 
 
+@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.7, 0.8), (0.0, 1.0)])
+def test_a_few_rows_at_a_time_draw_what_all_at_once_do(
+    temperature: float, top_p: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logits = torch.randn(11, 13, generator=torch.Generator().manual_seed(2)) * 3
+    uniforms = uniform_draws(11, 1, seed=3)[:, 0]
+    tokens, logp = sample_tokens(logits, uniforms, temperature, top_p)
+    for at_once in (1, 30, 13 * 11):  # one row, two, all
+        monkeypatch.setattr(sampling, "_AT_ONCE", at_once)
+        some_tokens, some_logp = sample_tokens(logits, uniforms, temperature, top_p)
+        assert torch.equal(some_tokens, tokens)
+        assert torch.equal(some_logp, logp)
+
+
 @given(
     logits=st.lists(st.floats(-8, 8, width=32), min_size=2, max_size=12),
     uniform=st.floats(0, 1, exclude_max=True),
