@@ -98,11 +98,11 @@ class Decoder:
 
     def __call__(self, hidden_1BH: Tensor, token: NextToken, caches: Sequence[KVCache]) -> Tensor:
         """[1, B, H] -> [1, B, H]; writes the token's keys and values into the layers' caches."""
-        hidden_BH, dtype = hidden_1BH[0], hidden_1BH.dtype
-        cosine_B1D, sine_B1D = token.angles_1B1D[0].cos().to(dtype), token.angles_1B1D[0].sin().to(dtype)
-        sine_B1D[..., : sine_B1D.shape[-1] // 2].neg_()  # of the half that is rotated into the first one
+        hidden_BH, angles_B11D = hidden_1BH[0], token.angles_1B1D[0, :, None]
+        cosine_B11D, sine_B11D = (x.to(hidden_BH.dtype) for x in (angles_B11D.cos(), angles_B11D.sin()))
+        sine_B11D[..., : sine_B11D.shape[-1] // 2].neg_()  # of the half that is rotated into the first one
         for layer, cache in zip(self._layers, caches, strict=True):
-            hidden_BH = layer(hidden_BH, token, (cosine_B1D[:, None], sine_B1D[:, None]), cache)
+            hidden_BH = layer(hidden_BH, token, (cosine_B11D, sine_B11D), cache)
         if self._final_norm is not None:
             hidden_BH = self._final_norm(hidden_BH)
         return hidden_BH[None]

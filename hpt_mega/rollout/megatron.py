@@ -273,7 +273,7 @@ class _Group:
         return self.all_uniforms[self.rows, self.step].to(self.device)
 
     def next_token(self, angles_1B1D: Tensor) -> NextToken:
-        """Where the row's newest token is in the caches and in its sequence."""
+        """Where each row's newest token is in the caches and in its sequence."""
         return NextToken(self.longest_prompt + self.step - 1, self.hidden_slots, angles_1B1D)
 
     @contextmanager

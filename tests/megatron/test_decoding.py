@@ -15,7 +15,7 @@ from hpt_mega.config import Fp8Config, ParallelConfig, PrecisionConfig
 from hpt_mega.lab import models
 from hpt_mega.megatron.attention import CoreAttention, causal_attention
 from hpt_mega.megatron.decoding import KVCache, hidden_slots, with_decoding
-from tests.megatron.tiny import Policy, build_policy, config, leave_job, save_mixture
+from tests.megatron.tiny import Policy, build_policy, config, leave_job, save_mixture, save_uneven
 from tests.ranks import run_ranks
 
 PROMPTS = ((3, 4, 5), (6, 7, 8, 9, 10, 11, 12), (2,))
@@ -32,12 +32,7 @@ def save(folder: Path, family: str) -> Path:
     torch.manual_seed(5)
     shape = {**models.SIZES["1m"], "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 21}
     model = Qwen3ForCausalLM(Qwen3Config(**shape, max_position_embeddings=64, dtype="float32"))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "norm" in name:
-                parameter.uniform_(0.7, 1.3)
-    model.save_pretrained(folder)
-    return folder
+    return save_uneven(model, folder)
 
 
 PRECISIONS = {

@@ -49,7 +49,7 @@ def save_llama(folder: Path, *, tied: bool, vocabulary: int = VOCABULARY) -> Pat
             dtype="float32",
         )
     )
-    return _save(model, folder)
+    return save_uneven(model, folder)
 
 
 def save_mixture(folder: Path) -> Path:
@@ -73,10 +73,11 @@ def save_mixture(folder: Path) -> Path:
             dtype="float32",
         )
     )
-    return _save(model, folder)
+    return save_uneven(model, folder)
 
 
-def _save(model: PreTrainedModel, folder: Path) -> Path:
+def save_uneven(model: PreTrainedModel, folder: Path) -> Path:
+    """With norms away from 1, so that leaving one out shows."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name:
