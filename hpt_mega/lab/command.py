@@ -24,10 +24,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "Pre-train small models on easy arithmetic, train each with every method and seed of conf/lab at "
         "equal steps and rollouts, and compare them. The same command goes on after a kill."
     )
-    parser.epilog = "example: hpt lab --quick; hpt lab --sizes 1m --workers 2; hpt lab --ablation gate"
+    parser.epilog = "example: hpt lab --quick; hpt lab --sizes 1m --seeds 1 2; hpt lab --ablation gate"
     parser.add_argument("--quick", action="store_true", help="conf/lab/quick.yaml: ten minutes on two cores")
     parser.add_argument("--ablation", metavar="NAME", help="variants of HPT in place of the methods")
-    parser.add_argument("--sizes", nargs="+", metavar="SIZE", help="only these of the config's models")
+    parser.add_argument(
+        "--sizes", nargs="+", metavar="SIZE", help="only these models of the lab; an ablation takes the first"
+    )
+    parser.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="only these seeds of the lab")
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: runs/lab, or runs/lab_quick")
     parser.add_argument(
         "--workers",
@@ -47,9 +50,9 @@ def _run(options: argparse.Namespace) -> int:
     cfg = read("quick" if options.quick else "full")
     folder: Path = options.out or Path("runs") / ("lab_quick" if options.quick else "lab")
     home = f"ablation_{options.ablation}" if options.ablation else METHODS
-    grid = cfg.ablation(options.ablation) if options.ablation else cfg
-    if options.sizes:
-        grid = grid.only(options.sizes)
+    grid = cfg.only(options.sizes or cfg.sizes, options.seeds or cfg.seeds)
+    if options.ablation:
+        grid = grid.ablation(options.ablation)
     if options.workers < 1:
         raise ConfigError(f"--workers is {options.workers}, expected 1 or more")
     models, trained = base_models(grid, folder), runs(grid, folder, home)

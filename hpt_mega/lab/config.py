@@ -51,11 +51,18 @@ class LabConfig:
     def cells(self) -> list[tuple[str, str]]:
         return [(family, size) for family in self.families for size in self.sizes]
 
-    def only(self, sizes: list[str]) -> LabConfig:
-        """The grid of some of its sizes."""
-        if unknown := [size for size in sizes if size not in self.sizes]:
-            raise ConfigError(f"--sizes {unknown[0]}: not in this lab; known: {', '.join(self.sizes)}")
-        return replace(self, sizes=sizes)
+    def only(self, sizes: list[str], seeds: list[int]) -> LabConfig:
+        """The grid of some of its sizes and seeds."""
+        given: list[tuple[str, list[Any], list[Any]]] = [
+            ("--sizes", sizes, self.sizes),
+            ("--seeds", seeds, self.seeds),
+        ]
+        for option, chosen, known in given:
+            if unknown := [one for one in chosen if one not in known]:
+                raise ConfigError(
+                    f"{option} {unknown[0]}: not in this lab; known: {', '.join(map(str, known))}"
+                )
+        return replace(self, sizes=sizes, seeds=seeds)
 
     def ablation(self, name: str) -> LabConfig:
         """The grid of an ablation: its variants in place of the methods, one family and size."""

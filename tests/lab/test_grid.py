@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from hpt_mega.cli import main
 from hpt_mega.config import Config, ConfigError, compose
 from hpt_mega.evaluation.config import compose as compose_evaluation
 from hpt_mega.lab.config import LabConfig, keep, read
@@ -89,11 +90,22 @@ def test_an_ablation_has_every_variant_on_one_model_and_seeds_of_the_grid(tmp_pa
 
 def test_a_grid_can_be_done_size_by_size(tmp_path: Path) -> None:
     cfg = read("full")
-    parts = [{run.folder for run in runs(cfg.only([size]), tmp_path, "m")} for size in ("1m", "5m")]
+    halves = [cfg.only([size], cfg.seeds) for size in ("1m", "5m")]
+    parts = [{run.folder for run in runs(half, tmp_path, "m")} for half in halves]
     assert not parts[0] & parts[1]
     assert parts[0] | parts[1] == {run.folder for run in runs(cfg, tmp_path, "m")}
     with pytest.raises(ConfigError, match="--sizes 7b: not in this lab; known: 1m, 5m"):
-        cfg.only(["7b"])
+        cfg.only(["7b"], cfg.seeds)
+    with pytest.raises(ConfigError, match="--seeds 9: not in this lab; known: 1, 2, 3, 4, 5"):
+        cfg.only(cfg.sizes, [1, 9])
+
+
+def test_an_ablation_on_a_chosen_size_and_seed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    chosen = ["--ablation", "threshold", "--sizes", "5m", "--seeds", "2"]
+    assert main(["lab", *chosen, "--out", str(tmp_path), "--dry-run"]) == 0
+    names = [line for line in capsys.readouterr().out.splitlines() if line.startswith("# ")]
+    variants = read("full").ablations["threshold"]
+    assert names == ["# base llama_5m seed 20250904", *(f"# {name} llama_5m seed 2" for name in variants)]
 
 
 def test_a_folder_refuses_another_lab_s_settings_and_takes_more_seeds(tmp_path: Path) -> None:
