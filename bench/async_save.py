@@ -13,8 +13,6 @@ import tempfile
 import time
 from pathlib import Path
 
-os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
-os.environ.setdefault("MASTER_PORT", "29537")
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
@@ -23,6 +21,7 @@ from transformers import AutoTokenizer
 from hpt_mega.checkpoint.store import CheckpointStore
 from hpt_mega.config import compose
 from hpt_mega.data.questions import load_questions
+from hpt_mega.launch import single_rank_environment
 from hpt_mega.megatron.learner import Learner
 from hpt_mega.scheduler.blend import demonstration
 from hpt_mega.trajectory import Trajectory
@@ -66,6 +65,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path, default=Path("bench/results/async_save.md"))
     options = parser.parse_args()
+    os.environ |= single_rank_environment()
     rounds: int = options.rounds
     learner, items = prepare()
     modes = ("none", "at once", "meanwhile")

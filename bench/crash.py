@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from hpt_mega import worker
 from hpt_mega.checkpoint.store import CheckpointStore
 from hpt_mega.config import compose, save
-from hpt_mega.rollout.process import free_port
+from hpt_mega.launch import single_rank_environment
 from tests.toy import metrics, save_toy, settings
 
 SAVE_EVERY = 3
@@ -81,8 +81,7 @@ def start(case: Case, run_dir: Path, model: Path) -> int:
     save(compose(config), run_dir / "config.yaml")
 
     def train() -> int:
-        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "GLOO_SOCKET_IFNAME": "lo"}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        os.environ |= single_rank_environment()
         return worker.main(str(run_dir / "config.yaml"))
 
     return fork(train, run_dir.with_suffix(".log"))

@@ -22,6 +22,7 @@ from pathlib import Path
 import psutil
 
 from hpt_mega.config import ParallelConfig
+from hpt_mega.launch import single_rank_environment
 from hpt_mega.rollout import vllm
 from hpt_mega.rollout.dispatch import Fleet
 from hpt_mega.rollout.engine import EngineError, Sample, SamplingParams
@@ -233,8 +234,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
-    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-    os.environ |= {"MASTER_PORT": str(vllm.free_port()), "GLOO_SOCKET_IFNAME": "lo"}
+    os.environ |= single_rank_environment()
     lines = [
         "# Faults of servers",
         "",

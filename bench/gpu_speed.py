@@ -22,14 +22,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
-os.environ.setdefault("MASTER_PORT", "29535")
-
 import _gpu
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from hpt_mega.config import ParallelConfig, compose
+from hpt_mega.launch import single_rank_environment
 from hpt_mega.planning.hardware import HARDWARE, hardware
 from hpt_mega.planning.job import Job, Layout
 from hpt_mega.planning.models import ModelShape
@@ -153,6 +151,7 @@ def main() -> None:
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
+    os.environ |= single_rank_environment()
     _gpu.require()
     if options.one:
         print(json.dumps(measure(*options.one, options)))

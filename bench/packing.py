@@ -17,9 +17,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
-os.environ.setdefault("MASTER_PORT", "29534")
-
 import numpy as np
 import torch
 from transformers import AutoTokenizer
@@ -29,6 +26,7 @@ from hpt_mega.config import Config, compose
 from hpt_mega.data.balancing import plan_microbatches
 from hpt_mega.data.packing import MicroBatch, collate
 from hpt_mega.data.questions import load_questions
+from hpt_mega.launch import single_rank_environment
 from hpt_mega.megatron import runtime
 from hpt_mega.megatron.model import DTYPES, build_model
 from hpt_mega.megatron.optimizer import build_optimizer, wrap_data_parallel
@@ -201,6 +199,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=30)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
+    os.environ |= single_rank_environment()
     torch.set_num_threads(1)  # CPU seconds of one thread say the same on a busy machine
     lines = [
         "# Packing",

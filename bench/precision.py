@@ -19,27 +19,23 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
-os.environ.setdefault("MASTER_PORT", "29547")
-
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for tests.megatron
 
 import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from hpt_mega.checkpoint.hf import HFCheckpoint
-from hpt_mega.checkpoint.weights import load_hf
 from hpt_mega.config import Config, Fp8Config, OptimizerConfig, ParallelConfig, PrecisionConfig, compose
+from hpt_mega.launch import single_rank_environment
 from hpt_mega.megatron import runtime
 from hpt_mega.megatron.fp8 import Operand, Role, Scaling, amax_of, product, scale_for
 from hpt_mega.megatron.learner import Learner
-from hpt_mega.megatron.model import DTYPES, build_model
 from hpt_mega.megatron.precision import AmaxHistory
-from hpt_mega.resharding.mapping import Family, ModelShape, family_for
+from hpt_mega.resharding.mapping import Family, ModelShape
 from hpt_mega.trajectory import Source, Trajectory
 from hpt_mega.worker import build_learner
 from tests.megatron.test_fp8 import reference
+from tests.megatron.tiny import build_policy
 
 RECIPES = ("delayed", "tensorwise", "blockwise", "mxfp8")
 BLOCKS = {"blockwise": ((1, 128), (128, 128)), "mxfp8": ((1, 32), (1, 32))}
@@ -146,13 +142,9 @@ def learner_of(
         optimizer=OptimizerConfig(lr=5e-3, warmup_steps=10, min_lr_ratio=0.1),
         trainer=replace(base.trainer, steps=steps, tokens_per_microbatch=1920),
     )
-    layout = runtime.initialize(cfg)
-    checkpoint = HFCheckpoint(folder)
-    family = family_for(checkpoint.config)
-    shape = family.read_shape(checkpoint.config)
-    model = build_model(shape, cfg.parallel, layout, DTYPES[dtype], fp8=fp8)
-    load_hf(model, checkpoint, family, shape, layout)
-    return build_learner(cfg, layout, model, shape), family, shape
+    os.environ |= single_rank_environment()
+    policy = build_policy(folder, cfg, train=False)
+    return build_learner(cfg, policy.layout, policy.model, policy.shape), policy.family, policy.shape
 
 
 def heldout_loss(learner: Learner, language: Language) -> float:

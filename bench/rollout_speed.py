@@ -17,14 +17,12 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
-os.environ.setdefault("MASTER_PORT", "29534")
-
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hpt_mega.config import ParallelConfig, compose
 from hpt_mega.data.questions import load_questions
+from hpt_mega.launch import single_rank_environment
 from hpt_mega.megatron import runtime
 from hpt_mega.rollout.engine import SamplingParams
 from hpt_mega.rollout.megatron import MegatronEngine
@@ -73,6 +71,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
+    os.environ |= single_rank_environment()
     questions = load_questions(compose(["experiment=demo"]).data, AutoTokenizer.from_pretrained(given.model))
     prompts = [question.prompt_tokens for question in questions.train[: given.prompts]]
     sampling = SamplingParams(n=given.samples, max_new_tokens=given.tokens)

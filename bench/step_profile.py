@@ -36,12 +36,11 @@ def profile(settings: list[str], steps: int, run_dir: Path, out: Path) -> None:
     import torch
 
     from hpt_mega.lab.worker import train_here
-    from hpt_mega.rollout.process import free_port
+    from hpt_mega.launch import single_rank_environment
     from hpt_mega.trainer import Trainer
 
     os.environ |= reward_path()
-    os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
-    os.environ |= {"MASTER_PORT": str(free_port()), "GLOO_SOCKET_IFNAME": "lo"}
+    os.environ |= single_rank_environment()
     python, train_step = cProfile.Profile(), Trainer.train_step
     torch_profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
 

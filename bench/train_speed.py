@@ -16,9 +16,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
-os.environ.setdefault("MASTER_PORT", "29533")
-
 import torch
 from packing import padded_plan
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -27,6 +24,7 @@ from hpt_mega.config import Config, compose
 from hpt_mega.data.balancing import plan_microbatches
 from hpt_mega.data.packing import MicroBatch, collate
 from hpt_mega.data.questions import load_questions
+from hpt_mega.launch import single_rank_environment
 from hpt_mega.megatron import runtime
 from hpt_mega.megatron.model import DTYPES
 from hpt_mega.megatron.step import Objective, forward_backward, update
@@ -95,6 +93,7 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, default=24)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
+    os.environ |= single_rank_environment()
     lines = [
         f"torch {torch.__version__}, {torch.get_num_threads()} threads, {options.sequences} sequences "
         f"a step, median of {options.rounds} rounds, turn by turn",

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import FrameType
 
 from hpt_mega.config import Config, save
-from hpt_mega.rollout.process import die_with_parent
+from hpt_mega.rollout.process import die_with_parent, free_port
 
 WORKER = "hpt_mega.worker"
 GRACE_S = 40.0  # torchrun gives its workers 30 s after SIGTERM before it kills them
@@ -66,6 +66,14 @@ def torchrun_command(world_size: int, config_path: Path, worker: str = WORKER) -
         *("--local-addr=127.0.0.1", "--max-restarts=0", f"--log-dir={own_files}"),
         *("-m", "hpt_mega.launch", str(config_path), worker),
     ]
+
+
+def single_rank_environment() -> dict[str, str]:
+    """What torchrun would tell the only rank of a run."""
+    return {
+        **{"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"},
+        **{"MASTER_PORT": str(free_port()), "GLOO_SOCKET_IFNAME": "lo"},
+    }
 
 
 def _environment(world_size: int) -> dict[str, str]:

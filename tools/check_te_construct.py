@@ -97,9 +97,12 @@ class Line:
 def check(out: Path | None) -> int:
     warnings.simplefilter("ignore")
     answer_as_a_gpu()
-    os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29561"}
     import torch
     import torch.distributed as dist
+
+    from hpt_mega.launch import single_rank_environment
+
+    os.environ |= single_rank_environment()
 
     dist.init_process_group("gloo")
     lines: list[Line] = []

@@ -58,11 +58,12 @@ def _transformers_logits(hf: Path, tokens_BS: Tensor) -> Tensor:
 def _megatron_logits(hf: Path, megatron: Path, shape: ModelShape, tokens_BS: Tensor) -> Tensor:
     from hpt_mega.checkpoint.weights import load_megatron
     from hpt_mega.config import Config, ParallelConfig
+    from hpt_mega.launch import single_rank_environment
     from hpt_mega.megatron import runtime
     from hpt_mega.megatron.model import build_model
 
     parallel = ParallelConfig(tp=1, pp=1)
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "RANK": "0", "WORLD_SIZE": "1"}
+    os.environ |= single_rank_environment()
     layout = runtime.initialize(Config(parallel=parallel))
     try:
         family = family_for(HFCheckpoint(hf).config)

@@ -20,7 +20,8 @@ from pathlib import Path
 
 from hpt_mega.config import ConfigError
 from hpt_mega.lab.grid import Job, Run
-from hpt_mega.rollout.process import die_with_parent, free_port
+from hpt_mega.launch import single_rank_environment
+from hpt_mega.rollout.process import die_with_parent
 from hpt_mega.telemetry.terminal import duration
 
 
@@ -77,7 +78,6 @@ class Worker:
     def _start(self) -> subprocess.Popen[bytes]:
         root = str(Path(__file__).parents[2])
         path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))
-        alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
         self.process = subprocess.Popen(
             [sys.executable, "-m", "hpt_mega.lab.worker"],
             stdin=subprocess.PIPE,
@@ -85,10 +85,8 @@ class Worker:
             stderr=subprocess.DEVNULL,  # each job has its own log
             env={
                 **os.environ,
-                **alone,
-                "MASTER_PORT": str(free_port()),
+                **single_rank_environment(),
                 "OMP_NUM_THREADS": "1",
-                "GLOO_SOCKET_IFNAME": "lo",
                 "PYTHONPATH": path,
             },
             preexec_fn=die_with_parent,

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn import Parameter
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -62,7 +61,7 @@ def save_mixture(folder: Path) -> Path:
             num_hidden_layers=4,
             num_attention_heads=12,
             num_key_value_heads=6,
-            head_dim=6,
+            head_dim=6,  # type: ignore[call-arg]  # transformers reads it and does not declare it
             intermediate_size=84,
             moe_intermediate_size=20,
             num_experts=4,
@@ -126,7 +125,7 @@ class Policy:
     wrapped: Any
     optimizer: Any
 
-    def entries(self) -> list[tuple[Any, Parameter]]:
+    def entries(self) -> list[tuple[Any, Any]]:
         from hpt_mega.checkpoint.weights import own_entries
 
         return [found for chunk in self.model.chunks for found in own_entries(chunk, self.family, self.shape)]
@@ -225,7 +224,7 @@ def build_policy(folder: Path, cfg: Config, *, train: bool = True) -> Policy:
     precision = cfg.precision
     model = build_model(shape, cfg.parallel, layout, DTYPES[precision.dtype], fp8=precision.fp8)
     load_hf(model, checkpoint, family, shape, layout)
-    wrapped = wrap_data_parallel(model, cfg) if train else None
+    wrapped: Any = wrap_data_parallel(model, cfg) if train else None
     optimizer = build_optimizer(wrapped, cfg) if train else None
     return Policy(cfg, layout, family, shape, model, wrapped, optimizer)
 
