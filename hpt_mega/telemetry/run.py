@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from hpt_mega.config import Config
 from hpt_mega.telemetry import records
+from hpt_mega.telemetry.decline import Decline
 from hpt_mega.telemetry.loggers import Logger, numbers_of, open_loggers
 from hpt_mega.telemetry.prometheus import PrometheusEndpoint
 from hpt_mega.telemetry.summary import ACCURACY, summarise
@@ -38,6 +39,7 @@ class RunLog:
         self._run_dir = Path(cfg.run_dir)
         self._metrics = self._run_dir / "metrics.jsonl"
         self._samples = self._run_dir / "samples.jsonl"
+        self._decline = Decline()
         self._loggers: list[Logger] = []
         self._terminal = Terminal(cfg.trainer.steps, cfg.data.heldout_questions, done=resume_step or 0)
 
@@ -50,6 +52,8 @@ class RunLog:
                     records.write_atomically(path, "")
                 else:
                     records.cut(path, self._resume_step)
+            for record in records.read(self._metrics):
+                self._decline.observe(record)
             self._loggers = open_loggers(self._cfg.telemetry.loggers, self._run_dir)
             if self._cfg.telemetry.prometheus_port:
                 self._loggers.append(PrometheusEndpoint(self._cfg.telemetry.prometheus_port))
@@ -72,6 +76,8 @@ class RunLog:
             logger.log(step, numbers_of(record))
         if step > 0:
             self._terminal.stepped(step, dict(record))
+            if warning := self._decline.observe(dict(record)):
+                self._terminal.warn(warning)
         if ACCURACY in record:
             self._terminal.evaluated(step, dict(record))
 

@@ -72,6 +72,9 @@ class Terminal:
         elapsed = duration(time.monotonic() - self._started)
         self._print("  ".join([f"step {step}/{self._steps}", *numbers, f"elapsed {elapsed}", f"left {left}"]))
 
+    def warn(self, line: str) -> None:
+        self._print(line)
+
     def finished(self, summary: Summary, report: Path) -> None:
         """The closing tables, and where to read on."""
         self.stop()

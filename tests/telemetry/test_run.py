@@ -106,6 +106,20 @@ def test_a_run_that_fails_leaves_no_summary(cfg: Config, open_log: OpenLog) -> N
     assert not (Path(cfg.run_dir) / "summary.json").exists()
 
 
+def test_a_resumed_run_tells_of_a_pass_rate_that_falls_from_before(
+    cfg: Config, open_log: OpenLog, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with open_log() as log:
+        for step in range(1, 31):
+            log.record(step, trained(step, pass_rate=0.5))
+    with open_log(resume_step=25) as log:
+        for step in range(26, 41):
+            log.record(step, trained(step, pass_rate=0.1))
+    lines = capsys.readouterr().out.splitlines()
+    (warning,) = [line for line in lines if "the pass rate has fallen" in line]
+    assert warning.startswith("step 35: the pass rate has fallen from 50.0% (steps 1 to 20) to 30.0%")
+
+
 def test_seconds_after_the_last_record_count_in_the_summary(cfg: Config, open_log: OpenLog) -> None:
     with open_log() as log:
         log.record(0, initial())
