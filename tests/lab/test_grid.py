@@ -15,7 +15,7 @@ from hpt_mega.lab.exercises import draw
 from hpt_mega.lab.grid import Run, base_models, runs
 from hpt_mega.lab.models import tokenizer
 
-COMPARES_METHODS = ("demonstrations", "horizon", "likelihood")  # ablations of more than HPT
+COMPARES_METHODS = ("demonstrations", "horizon", "likelihood", "parts")  # ablations of more than HPT
 
 
 def configs(run: Run) -> list[Config]:
