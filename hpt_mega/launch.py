@@ -21,6 +21,7 @@ from hpt_mega.config import Config, save
 from hpt_mega.rollout.process import die_with_parent, free_port
 
 WORKER = "hpt_mega.worker"
+TORCHRUN = "torch.distributed.run"
 GRACE_S = 40.0  # torchrun gives its workers 30 s after SIGTERM before it kills them
 LOG_LINES = 12
 
@@ -62,7 +63,7 @@ def torchrun_command(world_size: int, config_path: Path, worker: str = WORKER) -
     own_files = config_path.parent / "logs" / "torchrun"  # or it leaves a folder in /tmp
     return [
         sys.executable,
-        *("-m", "torch.distributed.run", "--standalone", "--nnodes=1", f"--nproc-per-node={world_size}"),
+        *("-m", TORCHRUN, "--standalone", "--nnodes=1", f"--nproc-per-node={world_size}"),
         *("--local-addr=127.0.0.1", "--max-restarts=0", f"--log-dir={own_files}"),
         *("-m", "hpt_mega.launch", str(config_path), worker),
     ]
@@ -200,6 +201,9 @@ def _tail(log: Path) -> str:
 def _run_rank(config_path: Path, worker: str) -> int:
     """One rank under torchrun: dies with it, and keeps its log apart from the others'."""
     die_with_parent()
+    parent = Path(f"/proc/{os.getppid()}/cmdline").read_bytes()
+    if TORCHRUN.encode() not in parent.split(b"\0"):
+        return 1  # it died before we could ask to die with it
     rank = int(os.environ["RANK"])
     with (config_path.parent / "logs" / f"rank{rank}.log").open("ab") as log:
         os.dup2(log.fileno(), sys.stderr.fileno())

@@ -1,8 +1,11 @@
-"""What srun says of its tasks becomes one report that names the rank that failed first."""
+"""A rank outlives no torchrun; what srun says of its tasks becomes one report: the first to fail, by name."""
 
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 from hpt_mega.launch import failure_report
@@ -12,6 +15,20 @@ srun: Terminating StepId=7.1
 srun: error: node0: tasks 0-2,4: Terminated
 srun: error: node1: tasks 6-7: Exited with exit code 1
 """
+
+
+def test_a_rank_whose_torchrun_is_gone_already_does_nothing(tmp_path: Path) -> None:
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "busy.py").write_text("from pathlib import Path\nPath('began').touch()\n")
+    ran = subprocess.run(
+        [sys.executable, "-m", "hpt_mega.launch", "config.yaml", "busy"],
+        cwd=tmp_path,
+        env=os.environ | {"RANK": "0", "PYTHONPATH": f"{Path.cwd()}:{tmp_path}"},
+        timeout=60,
+        check=False,
+    )
+    assert ran.returncode == 1
+    assert not (tmp_path / "began").exists()
 
 
 def test_a_killed_task_comes_first_and_the_others_are_counted(tmp_path: Path) -> None:
