@@ -1,11 +1,12 @@
 """A sign that training harms the policy: its pass rate falls well below what it has been.
 
-What is said goes to the terminal of rank 0; the figures themselves are in metrics.jsonl.
+What is said goes to the terminal of rank 0 and into the report; the figures themselves are in metrics.jsonl.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -17,6 +18,12 @@ DROP = 0.2  # of the best window's pass rate; told again for each further one
 SURE = 4.0  # standard errors of the difference of two windows
 PASS_RATE = "pass_rate"
 BESIDE = {"sft_fraction": "SFT share", "entropy": "entropy", "grad_norm": "gradient norm"}
+
+
+def declines(records: Iterable[Record]) -> list[str]:
+    """All that is to be told of a run."""
+    decline = Decline()
+    return [line for record in records if (line := decline.observe(record))]
 
 
 class Decline:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from hpt_mega.config import Config, load
 from hpt_mega.telemetry import page, plots
+from hpt_mega.telemetry.decline import declines
 from hpt_mega.telemetry.records import Record, read, write_atomically
 from hpt_mega.telemetry.summary import Summary, summarise
 from hpt_mega.telemetry.terminal import duration, percent, points
@@ -33,7 +34,7 @@ def write_report(run_dir: Path) -> Path:
         _header(cfg, summary, finished),
         _tiles(cfg, summary),
         _accuracy(summary, accuracy),
-        _curves(list(drawn.values())),
+        _curves(list(drawn.values()), declines(records)),
         _time(summary, time_by_phase),
         _samples(read(run_dir / "samples.jsonl")),
         _config(config_path.read_text(encoding="utf-8"), summary if finished else None),
@@ -106,12 +107,13 @@ def _accuracy(summary: Summary, plot: plots.Plot | None) -> str:
     return page.section("Accuracy by task", note, _beside(plot, table))
 
 
-def _curves(drawn: Sequence[plots.Plot]) -> str:
+def _curves(drawn: Sequence[plots.Plot], warnings: Sequence[str]) -> str:
     if not drawn:
         return page.section("Course of training", "No step has been trained yet.", "")
     figures = "".join(page.figure(plot.svg, plot.caption) for plot in drawn)
     note = f"Dots are single steps, lines the mean of the last {plots.WINDOW}."
-    return page.section("Course of training", note, f'<div class="plots">{figures}</div>')
+    told = "".join(f'<p class="bad">{escape(warning)}</p>' for warning in warnings)
+    return page.section("Course of training", note, f'{told}<div class="plots">{figures}</div>')
 
 
 def _time(summary: Summary, plot: plots.Plot | None) -> str:
