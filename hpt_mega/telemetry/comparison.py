@@ -15,7 +15,7 @@ from statistics import fmean
 from hpt_mega.evaluation.results import powers_of_two
 from hpt_mega.telemetry import comparison_plots, page
 from hpt_mega.telemetry.records import write_atomically
-from hpt_mega.telemetry.runs import Finished, comparable, find, unfinished, unnamed
+from hpt_mega.telemetry.runs import Finished, alike, comparable, find, unfinished, unnamed
 from hpt_mega.telemetry.significance import Mean, blocked, paired
 
 REFERENCE = "hpt"  # the method that others are tested against; where it is not there, the first
@@ -37,7 +37,9 @@ def write_comparison(folders: Sequence[Path], out: Path) -> Path:
     Raises ConfigError where there are none.
     """
     found = find(folders)
-    runs = comparable(found)
+    kept = comparable(found)
+    runs = alike(kept)
+    evaluated = sum(before.counts is not after.counts for before, after in zip(kept, runs, strict=True))
     tables = _tables(runs)
     drawn = comparison_plots.draw(runs, out / "plots")
     title = f"{len(_methods(runs))} methods, {len(runs)} runs"
@@ -48,7 +50,8 @@ def write_comparison(folders: Sequence[Path], out: Path) -> Path:
             f"{max(run.records[-1]['step'] for run in runs)} steps each",
             *(f"{key} differs too" for key in unnamed(runs)),
             *_left_out(unfinished(folders), "unfinished"),
-            *_left_out(len(found) - len(runs), "without a partner in every method"),
+            *_left_out(len(found) - len(kept), "without a partner in every method"),
+            *([f"left out: the evaluations of {evaluated}, which others lack"] if evaluated else []),
         ]
     )
     figures = "".join(page.figure(plot.svg, plot.caption) for plot in drawn)

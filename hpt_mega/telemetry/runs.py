@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,8 +59,9 @@ class Finished:
 
 def find(folders: Sequence[Path]) -> list[Finished]:
     """All finished runs in and below the folders. Raises ConfigError where there are none."""
-    found = sorted({path for folder in folders for path in folder.rglob("summary.json")})
-    homes = [path.parent for path in found if not (path.parents[1] / LABEL).is_file()]  # stages are parts
+    found = sorted({path.parent for folder in folders for path in folder.rglob("summary.json")})
+    homes = [home for home in found if not (home.parent / LABEL).is_file()]  # stages are parts
+    homes = [home for home in homes if _has_ended(home)]
     if not homes:
         listed = ", ".join(map(str, folders))
         raise ConfigError(
@@ -86,7 +87,20 @@ def comparable(runs: Sequence[Finished]) -> list[Finished]:
 def unfinished(folders: Sequence[Path]) -> int:
     """How many runs in and below the folders have begun and not ended."""
     begun = {path.parent for folder in folders for path in folder.rglob("metrics.jsonl")}
-    return sum(not (home / "summary.json").is_file() for home in begun)
+    return sum(not _has_ended(home) for home in begun)
+
+
+def _has_ended(home: Path) -> bool:
+    """A lab's run, which has a label, ends with its evaluation."""
+    is_evaluated = (home / "eval" / COUNTS).is_file()
+    return (home / "summary.json").is_file() and (is_evaluated or not (home / LABEL).is_file())
+
+
+def alike(runs: Sequence[Finished]) -> list[Finished]:
+    """The runs measured in one way: their evaluations count where every run has one."""
+    if all(run.counts for run in runs):
+        return list(runs)
+    return [replace(run, counts=None) for run in runs]
 
 
 def _load(home: Path, summary: dict[str, Any], name: str) -> Finished:

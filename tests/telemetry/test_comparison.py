@@ -100,6 +100,26 @@ def test_means_are_taken_over_models_and_seeds_that_every_method_has(lab: Path) 
     assert rows(markdown, "Held-out accuracy after training")["hpt"][0] == "71.9 ± 9.5"
 
 
+def test_a_lab_s_run_without_its_evaluation_is_unfinished(lab: Path) -> None:
+    (lab / "small" / "grpo2" / "eval" / COUNTS).unlink()
+    write_comparison([lab], lab)
+    markdown = (lab / "comparison.md").read_text()
+    assert "left out: 1 run unfinished · left out: 2 runs without a partner in every method" in markdown
+    assert "# 3 methods, 9 runs" in markdown and "## pass@k" in markdown
+
+
+def test_evaluations_count_where_every_run_has_one(lab: Path) -> None:
+    for run in lab.glob("*/*/label.json"):
+        run.unlink()
+    write_comparison([lab], lab)
+    assert "pass@k" in (lab / "comparison.md").read_text()
+    (lab / "small" / "grpo2" / "eval" / COUNTS).unlink()
+    write_comparison([lab], lab)
+    markdown = (lab / "comparison.md").read_text()
+    assert "left out: the evaluations of 11, which others lack" in markdown
+    assert "pass@k" not in markdown
+
+
 def test_the_page_is_one_file_with_every_figure_in_it(lab: Path) -> None:
     page = write_comparison([lab], lab / "report").read_text()
     assert page.count("<svg") == len(list((lab / "report" / "plots").glob("*.png"))) == 5
