@@ -6,7 +6,8 @@ What is said goes to the terminal of rank 0 and into the report; the figures the
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from statistics import fmean
 
 import numpy as np
 
@@ -40,7 +41,7 @@ class Decline:
             return ""
         self._steps.append(record["step"])
         for name, values in self._seen.items():
-            values.append(record.get(name, math.nan))
+            values.append(_measured(record, name))
         window = max(WINDOW, len(self._steps) // WINDOWS)
         if len(self._steps) < window:
             return ""
@@ -49,6 +50,8 @@ class Decline:
         best = int(np.argmax(sums[window:] - sums[:-window]))
         then, now = slice(best, best + window), slice(-window, None)
         fall = rates[then].mean() - rates[now].mean()
+        if fall <= 0:  # as good as ever
+            self._told = 0.0
         error = np.sqrt((rates[then].var(ddof=1) + rates[now].var(ddof=1)) / window)
         drop = fall / rates[then].mean() if fall > SURE * error else 0.0
         if drop < self._told + DROP:
@@ -58,16 +61,26 @@ class Decline:
 
     def _line(self, then: slice, now: slice) -> str:
         before, after = (
-            {name: float(np.mean(values[window])) for name, values in self._seen.items()}
-            for window in (then, now)
+            {name: _mean(values[window]) for name, values in self._seen.items()} for window in (then, now)
         )
         beside = "".join(
-            f", {BESIDE[name]} {before[name]:.2g} -> {after[name]:.2g}"
-            for name in BESIDE
-            if not math.isnan(after[name])
+            f", {told} {before[name]:.2g} -> {after[name]:.2g}"
+            for name, told in BESIDE.items()
+            if not math.isnan(before[name] + after[name])
         )
         return (
             f"step {self._steps[-1]}: the pass rate has fallen from {before[PASS_RATE]:.1%} (steps "
             f"{self._steps[then][0]} to {self._steps[then][-1]}) to {after[PASS_RATE]:.1%} (since step "
             f"{self._steps[now][0]}){beside}; what helps: docs/operations.md"
         )
+
+
+def _measured(record: Record, name: str) -> float:
+    """NaN where it was not: the entropy is that of trained tokens, of which a step may have none."""
+    is_measured = name in record and (name != "entropy" or record.get("tokens_trained"))
+    return float(record[name]) if is_measured else math.nan
+
+
+def _mean(values: Sequence[float]) -> float:
+    known = [value for value in values if not math.isnan(value)]
+    return fmean(known) if known else math.nan

@@ -19,7 +19,8 @@ COLLAPSED = [
 def told(decline: Decline, rates: Iterable[float], first: int = 1, **beside: Sequence[float]) -> list[str]:
     lines = []
     for index, rate in enumerate(rates):
-        record = {"step": first + index, "pass_rate": rate, **{k: v[index] for k, v in beside.items()}}
+        record = {"step": first + index, "pass_rate": rate, "tokens_trained": 100.0}
+        record |= {name: values[index] for name, values in beside.items()}
         lines.append(decline.observe(record))
     return [line for line in lines if line]
 
@@ -52,6 +53,18 @@ def test_a_run_that_only_varies_is_hardly_ever_told_of() -> None:
 def test_a_short_dip_and_a_small_drop_are_not_told_of() -> None:
     assert told(Decline(), [0.5] * 40 + [0.0] * 3 + [0.5] * 40) == []
     assert told(Decline(), [0.5] * 40 + [0.42] * 60) == []
+
+
+def test_a_run_that_recovered_is_told_of_anew() -> None:
+    lines = told(Decline(), [0.5] * 20 + [0.2] * 20 + [0.6] * 40 + [0.45] * 40)
+    assert [line.split(":")[0] for line in lines] == ["step 30", "step 37", "step 96"]
+
+
+def test_the_entropy_of_a_step_that_trained_on_nothing_is_left_out() -> None:
+    trained = [float(step % 2) for step in range(40)]
+    entropy = [0.3 if any_ else 0.0 for any_ in trained]
+    (line,) = told(Decline(), [0.5] * 20 + [0.1] * 20, tokens_trained=trained, entropy=entropy)[:1]
+    assert "entropy 0.3 -> 0.3" in line
 
 
 def test_steps_that_take_no_rollouts_and_pass_rates_of_nothing_are_read() -> None:
