@@ -12,6 +12,7 @@ from statistics import fmean
 import numpy as np
 
 from hpt_mega.telemetry.records import Record
+from hpt_mega.telemetry.summary import holds
 
 WINDOW = 20  # steps at least: a single step's pass rate is that of its few questions
 WINDOWS = 5  # in a run so far: the best of many would be good by chance
@@ -41,7 +42,7 @@ class Decline:
             return ""
         self._steps.append(record["step"])
         for name, values in self._seen.items():
-            values.append(_measured(record, name))
+            values.append(float(record[name]) if holds(record, name) else math.nan)
         window = max(WINDOW, len(self._steps) // WINDOWS)
         if len(self._steps) < window:
             return ""
@@ -73,12 +74,6 @@ class Decline:
             f"{self._steps[then][0]} to {self._steps[then][-1]}) to {after[PASS_RATE]:.1%} (since step "
             f"{self._steps[now][0]}){beside}; what helps: docs/operations.md"
         )
-
-
-def _measured(record: Record, name: str) -> float:
-    """NaN where it was not: the entropy is that of trained tokens, of which a step may have none."""
-    is_measured = name in record and (name != "entropy" or record.get("tokens_trained"))
-    return float(record[name]) if is_measured else math.nan
 
 
 def _mean(values: Sequence[float]) -> float:

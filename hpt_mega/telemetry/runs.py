@@ -13,6 +13,7 @@ from typing import Any
 
 from hpt_mega.config import ConfigError
 from hpt_mega.telemetry.records import Record, read
+from hpt_mega.telemetry.summary import holds
 
 LABEL, COUNTS = "label.json", "counts.json"
 ALGORITHM, GATE = "algorithm.name", "gate."
@@ -52,9 +53,8 @@ class Finished:
     outside: list[str] = field(default_factory=list)  # tasks that are not trained on
 
     def measured(self, key: str) -> list[Record]:
-        """The records that hold a metric; of the entropy of trained tokens those of steps that trained."""
-        trained = self.records if key != "entropy" else [r for r in self.records if r.get("tokens_trained")]
-        return [record for record in trained if key in record]
+        """The records that hold a metric."""
+        return [record for record in self.records if holds(record, key)]
 
 
 def find(folders: Sequence[Path]) -> list[Finished]:

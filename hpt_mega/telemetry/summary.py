@@ -74,6 +74,11 @@ class Summary:
         return Summary(**json.loads(path.read_text(encoding="utf-8")))
 
 
+def holds(record: Record, metric: str) -> bool:
+    """Whether the step measured it: the entropy is that of trained tokens, of which a step may have none."""
+    return metric in record and (metric != "entropy" or bool(record.get("tokens_trained")))
+
+
 def summarise(records: Sequence[Record], cfg: Config, timing: Mapping[str, float] | None = None) -> Summary:
     """The summary of a run from its metrics.jsonl; `timing` was taken after the last of the records."""
     evaluations = [record for record in records if ACCURACY in record]
