@@ -13,6 +13,7 @@ import numpy as np
 
 from hpt_mega.telemetry.records import Record
 from hpt_mega.telemetry.summary import holds
+from hpt_mega.telemetry.terminal import percent
 
 WINDOW = 20  # steps at least: a single step's pass rate is that of its few questions
 WINDOWS = 5  # in a run so far: the best of many would be good by chance
@@ -65,13 +66,13 @@ class Decline:
             {name: _mean(values[window]) for name, values in self._seen.items()} for window in (then, now)
         )
         beside = "".join(
-            f", {told} {before[name]:.2g} -> {after[name]:.2g}"
+            f", {told} {before[name]:.2g} → {after[name]:.2g}"
             for name, told in BESIDE.items()
             if not math.isnan(before[name] + after[name])
         )
         return (
-            f"step {self._steps[-1]}: the pass rate has fallen from {before[PASS_RATE]:.1%} (steps "
-            f"{self._steps[then][0]} to {self._steps[then][-1]}) to {after[PASS_RATE]:.1%} (since step "
+            f"step {self._steps[-1]}: the pass rate has fallen from {percent(before[PASS_RATE])} (steps "
+            f"{self._steps[then][0]} to {self._steps[then][-1]}) to {percent(after[PASS_RATE])} (since step "
             f"{self._steps[now][0]}){beside}; what helps: docs/operations.md"
         )
 

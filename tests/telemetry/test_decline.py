@@ -30,8 +30,8 @@ def test_a_run_that_collapsed_is_told_of_twice_long_before_its_end() -> None:
     entropy = [0.07 if step < 50 else 0.05 for step in range(100)]
     first, second = told(Decline(), rates, entropy=entropy)
     assert first == (
-        "step 68: the pass rate has fallen from 26.9% (steps 20 to 39) to 17.7% (since step 49), "
-        "entropy 0.07 -> 0.052; what helps: docs/operations.md"
+        "step 68: the pass rate has fallen from 26.9 % (steps 20 to 39) to 17.7 % (since step 49), "
+        "entropy 0.07 → 0.052; what helps: docs/operations.md"
     )
     assert second.startswith("step 92: ")
 
@@ -64,7 +64,7 @@ def test_the_entropy_of_a_step_that_trained_on_nothing_is_left_out() -> None:
     trained = [float(step % 2) for step in range(40)]
     entropy = [0.3 if any_ else 0.0 for any_ in trained]
     (line,) = told(Decline(), [0.5] * 20 + [0.1] * 20, tokens_trained=trained, entropy=entropy)[:1]
-    assert "entropy 0.3 -> 0.3" in line
+    assert "entropy 0.3 → 0.3" in line
 
 
 def test_steps_that_take_no_rollouts_and_pass_rates_of_nothing_are_read() -> None:

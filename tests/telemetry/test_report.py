@@ -141,7 +141,7 @@ def test_a_pass_rate_that_fell_is_told_above_the_curves(cfg: Config, open_log: O
     with open_log() as log:
         for step in range(1, 41):
             log.record(step, trained(step, pass_rate=0.5 if step <= 20 else 0.1))
-    assert "the pass rate has fallen from 50.0%" in parse(write_report(Path(cfg.run_dir))).text
+    assert "the pass rate has fallen from 50.0 %" in parse(write_report(Path(cfg.run_dir))).text
 
 
 def test_a_run_without_steps_has_a_report(cfg: Config, open_log: OpenLog) -> None:

@@ -117,7 +117,7 @@ def test_a_resumed_run_tells_of_a_pass_rate_that_falls_from_before(
             log.record(step, trained(step, pass_rate=0.1))
     lines = capsys.readouterr().out.splitlines()
     (warning,) = [line for line in lines if "the pass rate has fallen" in line]
-    assert warning.startswith("step 35: the pass rate has fallen from 50.0% (steps 1 to 20) to 30.0%")
+    assert warning.startswith("step 35: the pass rate has fallen from 50.0 % (steps 1 to 20) to 30.0 %")
 
 
 def test_seconds_after_the_last_record_count_in_the_summary(cfg: Config, open_log: OpenLog) -> None:
