@@ -6,8 +6,9 @@
 Every contender is a process of its own with all cores, started turn by turn in each round; the first step,
 which warms up, is not counted. All ask the same questions for the same number of samples, of the same model
 in the same dtype, with the same grader, and make one AdamW update; no KL term, no evaluation, no checkpoint.
-Groups whose samples all have the same reward have no gradient: ours leaves them out, the others train on
-them. Training is a step without its rollout; ours without the grading, the others' with it.
+A reward that splits nearly every group lets all train on all samples: groups of equal rewards have no
+gradient, and ours would leave them out. Training is a step without its rollout; ours without the grading,
+the others' with it.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ ROOT = Path(__file__).parents[1]
 MICROBATCH = 16  # sequences of a forward and backward, TRL and loop
 QUESTIONS = 8
 SAMPLES = 8
-DEADLINE_S = 900.0
+DEADLINE_S = 1800.0
 
 
 @dataclass
@@ -65,6 +66,7 @@ def overrides(model: str, folder: Path) -> list[str]:
         "data.heldout_questions=1",
         "evaluation.samples=1",
         "optimizer.lr=1e-5",
+        "reward.kind=peers.even",  # groups of equal rewards have no gradient, and ours leaves them out
     ]
     if model == "smollm2":
         return ["experiment=demo", *common]
@@ -76,7 +78,6 @@ def overrides(model: str, folder: Path) -> list[str]:
         f"data.train_file={folder / 'questions.jsonl'}",
         "data.train_questions=256",
         f"data.heldout_file={folder / 'heldout.jsonl'}",
-        "reward.kind=peers.even",  # random weights solve nothing; equal rewards have no gradient
     ]
 
 
