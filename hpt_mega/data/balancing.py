@@ -6,6 +6,8 @@ import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from hpt_mega.trajectory import Trajectory
+
 Plan = list[list[list[int]]]  # indices by rank and micro-batch
 
 
@@ -52,6 +54,36 @@ def plan_microbatches(
     while (bins := _fill(sized, budget, rounds * step)) is None:
         rounds += max(1, rounds // 64)
     return _deal(bins, ranks)
+
+
+def share_prompts(trajectories: Sequence[Trajectory], most: int) -> tuple[list[int], list[int]]:
+    """(lengths, together) for plan_microbatches where a prompt stands in a row once for its responses.
+
+    Responses to a prompt stay together, in parts of at most `most` tokens that a pair may exceed; the first
+    of a part has the prompt's tokens besides its own.
+    """
+    lengths, together = [], []
+    tokens: list[int] = []  # by part
+    latest: dict[tuple[int, ...], int] = {}  # part of a prompt
+    part_of_pair: dict[int, int] = {}
+    standing: set[tuple[int, tuple[int, ...]]] = set()
+    for t in trajectories:
+        prompt, length = t.prompt_tokens, len(t.response_tokens)
+        part = part_of_pair.get(t.pair)
+        if part is None:
+            part = latest.get(prompt)
+            if part is None or tokens[part] + length > most:
+                part = latest[prompt] = len(tokens)
+                tokens.append(0)
+            if t.pair >= 0:
+                part_of_pair[t.pair] = part
+        if (part, prompt) not in standing:
+            standing.add((part, prompt))
+            length += len(prompt)
+        tokens[part] += length
+        lengths.append(length)
+        together.append(part)
+    return lengths, together
 
 
 def _fill(units: Sequence[tuple[int, float, list[int]]], budget: int, count: int) -> list[_Bin] | None:

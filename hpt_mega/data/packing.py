@@ -5,6 +5,7 @@ Which sequences share a micro-batch is balancing.py's business.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
@@ -22,14 +23,17 @@ class MicroBatch:
 
     Segment k of the row is [boundaries_K[k], boundaries_K[k + 1]): a sequence with the padding that context
     parallelism asks for, at last the padding that rounds the row. No token sees another segment, and
-    positions count from each segment's start. Response token n is `targets_N[n]`; it is predicted from the
-    hidden state at `places_N[n]` of the row and stands at (`rows_N[n]`, `columns_N[n]`) of the [B, T]
-    tensors. Those that may be None are there only where the trajectories carry them.
+    positions count from each segment's start. But responses may share a prompt: it is a segment then, and so
+    is each of them, which sees segment `prompts_K[k]` before itself and counts on from its end; elsewhere
+    `prompts_K[k]` is k. Response token n is `targets_N[n]`; it is predicted from the hidden state at
+    `places_N[n]` of the row and stands at (`rows_N[n]`, `columns_N[n]`) of the [B, T] tensors. Those that may
+    be None are there only where the trajectories carry them.
     """
 
     tokens_1S: Tensor
     positions_1S: Tensor
-    boundaries_K: Tensor  # int32
+    boundaries_K: Tensor  # int32, one more than there are segments
+    prompts_K: Tensor
     longest: int  # segment
     rows_N: Tensor
     columns_N: Tensor
@@ -81,27 +85,36 @@ def collate(
     *,
     segment_multiple: int = 1,
     row_multiple: int = 1,
+    share_prompts: bool = False,
 ) -> MicroBatch:
     """One micro-batch of the trajectories; none at all gives an inert one, which keeps ranks in step.
 
     advantages, question_tokens: one number a trajectory. segment_multiple, row_multiple: what the lengths of
-    the segments and of the whole row are rounded up to; the second is a multiple of the first.
+    the segments and of the whole row are rounded up to; the second is a multiple of the first. share_prompts:
+    whether the prompt of several trajectories stands in the row once, which not every attention can read.
     """
-    lengths = [round_up(len(t), segment_multiple) for t in trajectories]
+    segments, responses_at = _segments(trajectories, share_prompts)
+    lengths = [round_up(len(segment.tokens), segment_multiple) for segment in segments]
     width = round_up(max(sum(lengths), 2), row_multiple)
     if width > sum(lengths):
+        segments.append(_Segment((), len(segments)))
         lengths.append(width - sum(lengths))
     boundaries = [0, *accumulate(lengths)]
     tokens_S = torch.zeros(width, dtype=torch.long)
-    for start, t in zip(boundaries, trajectories, strict=False):
-        tokens_S[start : start + len(t)] = torch.tensor(t.prompt_tokens + t.response_tokens)
+    for start, segment in zip(boundaries, segments, strict=False):
+        tokens_S[start : start + len(segment.tokens)] = torch.tensor(segment.tokens, dtype=torch.long)
     responses = max((len(t.response_tokens) for t in trajectories), default=1)
     mask_BT = torch.zeros(max(1, len(trajectories)), responses, dtype=torch.bool)
     for row, t in enumerate(trajectories):
         mask_BT[row, : len(t.response_tokens)] = True
     rows_N, columns_N = mask_BT.nonzero(as_tuple=True)
-    begins_B = torch.tensor(
-        [start + len(t.prompt_tokens) for start, t in zip(boundaries, trajectories, strict=False)] or [1]
+    begins_B = torch.tensor([boundaries[number] + offset for number, offset in responses_at] or [1])
+    prompt_ends_B = torch.tensor(
+        [
+            boundaries[segments[number].prompt] + len(t.prompt_tokens)
+            for (number, _), t in zip(responses_at, trajectories, strict=True)
+        ]
+        or [1]
     )
     responses_N = begins_B[rows_N] + columns_N
 
@@ -114,12 +127,18 @@ def collate(
     rollout_logp_BT = grid([t.rollout_logp if t.source is Source.ONLINE else () for t in trajectories])
     return MicroBatch(
         tokens_1S=tokens_S[None],
-        positions_1S=torch.cat([torch.arange(length) for length in lengths])[None],
+        positions_1S=torch.cat(
+            [
+                torch.arange(segment.position, segment.position + length)
+                for segment, length in zip(segments, lengths, strict=True)
+            ]
+        )[None],
         boundaries_K=torch.tensor(boundaries, dtype=torch.int32),
+        prompts_K=torch.tensor([segment.prompt for segment in segments]),
         longest=max(lengths),
         rows_N=rows_N,
         columns_N=columns_N,
-        places_N=responses_N - 1,
+        places_N=torch.where(columns_N == 0, prompt_ends_B[rows_N], responses_N) - 1,
         targets_N=tokens_S[responses_N],
         mask_BT=mask_BT,
         rollout_logp_BT=torch.zeros(mask_BT.shape) if rollout_logp_BT is None else rollout_logp_BT,
@@ -136,6 +155,35 @@ def collate(
         if any(t.pair >= 0 for t in trajectories)
         else None,
     )
+
+
+@dataclass(frozen=True)
+class _Segment:
+    tokens: tuple[int, ...]
+    prompt: int  # as in MicroBatch.prompts_K
+    position: int = 0  # of its first token
+
+
+def _segments(
+    trajectories: Sequence[Trajectory], share_prompts: bool
+) -> tuple[list[_Segment], list[tuple[int, int]]]:
+    """The segments; and of each trajectory, in which of them its response is and where in it that begins."""
+    users = Counter(t.prompt_tokens for t in trajectories if share_prompts)
+    segments: list[_Segment] = []
+    responses_at = []
+    standing: dict[tuple[int, ...], int] = {}
+    for t in trajectories:
+        prompt = t.prompt_tokens
+        if users[prompt] < 2:
+            responses_at.append((len(segments), len(prompt)))
+            segments.append(_Segment(prompt + t.response_tokens, len(segments)))
+            continue
+        if prompt not in standing:
+            standing[prompt] = len(segments)
+            segments.append(_Segment(prompt, len(segments)))
+        responses_at.append((len(segments), 0))
+        segments.append(_Segment(t.response_tokens, standing[prompt], len(prompt)))
+    return segments, responses_at
 
 
 def _grid(values: Sequence[Sequence[float]], shape: torch.Size) -> Tensor:

@@ -6,6 +6,7 @@ TE brings its own on GPUs. Decoding from a cache is in decoding.py, other shapes
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
@@ -19,7 +20,15 @@ from hpt_mega.megatron import cpu
 
 cpu.install()
 
+from megatron.core.packed_seq_params import PackedSeqParams  # noqa: E402
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region  # noqa: E402
+
+
+@dataclass
+class PackedRow(PackedSeqParams):
+    """Megatron's description of a packed row, with what CoreAttention alone knows of."""
+
+    prompts: list[int] = field(default_factory=list)  # MicroBatch.prompts_K
 
 
 class CoreAttention(torch.nn.Module):
@@ -42,8 +51,8 @@ class CoreAttention(torch.nn.Module):
     ) -> Tensor:
         """query [S, B, N, D], key and value [S, B, G, D] -> [S, B, N * D]; packed: no B in any of them."""
         if packed_seq_params is not None:
-            bounds = packed_seq_params.cu_seqlens_q.tolist()
-            return packed_attention(self.attend, query, key, value, bounds, self._context)
+            bounds, prompts = packed_seq_params.cu_seqlens_q.tolist(), packed_seq_params.prompts
+            return packed_attention(self.attend, query, key, value, bounds, prompts, self._context)
         return self.attend(query, key, value)
 
     def attend(self, query_SBND: Tensor, key_LBGD: Tensor, value_LBGD: Tensor) -> Tensor:
@@ -57,32 +66,40 @@ def packed_attention(
     key_SGD: Tensor,
     value_SGD: Tensor,
     bounds: list[int],
+    prompts: list[int],
     context: dist.ProcessGroup | None = None,
 ) -> Tensor:
-    """`attend` on each segment [bounds[k], bounds[k + 1]) of a row alone: [S, N * D].
+    """`attend` on each segment [bounds[k], bounds[k + 1]) of a row: [S, N * D].
 
-    With a context-parallel group, S are this rank's places of the row (context_places); keys and values are
-    gathered from all of its ranks.
+    A segment sees segment prompts[k] before itself, where that is another one. With a context-parallel group,
+    S are this rank's places of the row (context_places); keys and values are gathered from all of its ranks.
     """
+    lengths = [end - start for start, end in pairwise(bounds)]
     if context is None:
-        pieces = [(end - start, start, end) for start, end in pairwise(bounds)]
+        pieces = [(length, segment, length) for segment, length in enumerate(lengths)]
     else:
         rank, size = context.rank(), context.size()
-        pieces = []
-        for start, end in pairwise(bounds):
-            chunk = (end - start) // (2 * size)
-            pieces += [(chunk, start, start + (number + 1) * chunk) for number in (rank, 2 * size - 1 - rank)]
+        pieces = []  # queries; their segment; how much of it they see
+        for segment, length in enumerate(lengths):
+            chunk = length // (2 * size)
+            pieces += [(chunk, segment, (number + 1) * chunk) for number in (rank, 2 * size - 1 - rank)]
         places = [context_places(bounds, rank, size) for rank in range(size)]
         order = torch.cat(places).argsort()
         key_SGD, value_SGD = (
             gather_from_sequence_parallel_region(x, group=context)[order] for x in (key_SGD, value_SGD)
         )
     queries = query_SND.split([count for count, _, _ in pieces])
-    parts = [
-        attend(query[:, None], key_SGD[start:end, None], value_SGD[start:end, None])
-        for query, (_, start, end) in zip(queries, pieces, strict=True)
+    keys, values = key_SGD.split(lengths), value_SGD.split(lengths)
+
+    def seen(parts: tuple[Tensor, ...], segment: int, count: int) -> Tensor:
+        own, prompt = parts[segment][:count], prompts[segment]
+        return (own if prompt == segment else torch.cat((parts[prompt], own)))[:, None]
+
+    outputs = [
+        attend(query[:, None], seen(keys, segment, count), seen(values, segment, count))
+        for query, (_, segment, count) in zip(queries, pieces, strict=True)
     ]
-    return torch.cat(parts)[:, 0]
+    return torch.cat(outputs)[:, 0]
 
 
 def causal_attention(query_SBND: Tensor, key_LBGD: Tensor, value_LBGD: Tensor) -> Tensor:

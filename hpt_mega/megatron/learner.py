@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from hpt_mega.config import Config
-from hpt_mega.data.balancing import plan_microbatches
+from hpt_mega.data.balancing import plan_microbatches, share_prompts
 from hpt_mega.data.packing import MicroBatch, collate, round_up
 from hpt_mega.megatron.critic import Critic
 from hpt_mega.megatron.model import PolicyModel
@@ -34,6 +34,8 @@ from hpt_mega.megatron.state import begin_save, load_state
 from hpt_mega.megatron.step import Metrics, Objective, describe_update, forward_backward, score, update
 from hpt_mega.objective import Estimator, TokenBatch
 from hpt_mega.trajectory import Trajectory
+
+_PARTS = 4  # of a rank's work, at least, that can be dealt out
 
 
 @dataclass
@@ -167,16 +169,23 @@ class Learner:
     def _plan(self, trajectories: Sequence[Trajectory], live: Sequence[int] | None = None) -> list[list[int]]:
         """Indices by micro-batch of this replica, equally many on every one; a pair is never split."""
         chosen = range(len(trajectories)) if live is None else live
+        parallel, budget = self.cfg.parallel, self.cfg.trainer.tokens_per_microbatch
+        count_multiple = parallel.pp if parallel.vpp > 1 else 1
         segment, _ = self._multiples
-        pairs = [trajectories[i].pair for i in chosen]
-        parallel = self.cfg.parallel
+        given = [trajectories[i] for i in chosen]
+        lengths = [round_up(len(t), segment) for t in given]
+        together = [t.pair for t in given] if any(t.pair >= 0 for t in given) else None
+        if self.policy.module.shares_prompts:
+            least = parallel.dp * count_multiple  # micro-batches; parts of prompts are small beside a share
+            most = budget if least == 1 else min(budget, sum(lengths) // (_PARTS * least))
+            lengths, together = share_prompts(given, most)
         plan = plan_microbatches(
-            [round_up(len(trajectories[i]), segment) for i in chosen],
-            self.cfg.trainer.tokens_per_microbatch,
+            lengths,
+            budget,
             parallel.dp,
             quadratic=self.policy.module.attention_share(),
-            count_multiple=parallel.pp if parallel.vpp > 1 else 1,
-            together=pairs if any(pair >= 0 for pair in pairs) else None,
+            count_multiple=count_multiple,
+            together=together,
         )
         return [[chosen[i] for i in part] for part in plan[self.layout.dp_rank]]
 
@@ -195,7 +204,14 @@ class Learner:
         question_tokens: Sequence[int] | None = None,
     ) -> MicroBatch:
         segment, row = self._multiples
-        return collate(trajectories, advantages, question_tokens, segment_multiple=segment, row_multiple=row)
+        return collate(
+            trajectories,
+            advantages,
+            question_tokens,
+            segment_multiple=segment,
+            row_multiple=row,
+            share_prompts=self.policy.module.shares_prompts,
+        )
 
     def _advantages(self, trajectories: Sequence[Trajectory]) -> list[float] | None:
         """One a trajectory, taken over whole groups before any split; None for advantages by token."""

@@ -120,6 +120,13 @@ class PolicyModel(GPTModel):
         return width / (config.hidden_size * (2 * width + 2 * keys + 3 * forward))
 
     @property
+    def shares_prompts(self) -> bool:
+        """Whether its attention reads rows in which a prompt stands once for several responses."""
+        core, config = self.decoder.layers[0].self_attention.core_attention, self.config
+        plain = isinstance(core, CoreAttention) and not config.multi_latent_attention
+        return plain and config.context_parallel_size == 1
+
+    @property
     def first_layer(self) -> int:
         """The index in the whole model of this chunk's first layer."""
         return int(self.decoder.layers[0].layer_number) - 1

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hpt_mega.data.packing import MicroBatch
+from hpt_mega.megatron.attention import PackedRow
 from hpt_mega.megatron.context import own_queries, own_tokens
 from hpt_mega.megatron.model import PolicyModel
 from hpt_mega.megatron.optimizer import DataParallel, MegatronOptimizer
@@ -24,7 +25,6 @@ from hpt_mega.objective.logprob import token_logprobs
 from hpt_mega.trajectory import Source
 
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32  # isort: skip
-from megatron.core.packed_seq_params import PackedSeqParams  # isort: skip
 from megatron.core.pipeline_parallel import get_forward_backward_func  # isort: skip
 
 Metrics = dict[str, float]
@@ -183,12 +183,13 @@ def _forward(
         own_tokens(microbatch, layout),
         microbatch.positions_1S,
         None,
-        packed_seq_params=PackedSeqParams(
+        packed_seq_params=PackedRow(
             qkv_format="thd",
             cu_seqlens_q=microbatch.boundaries_K,
             cu_seqlens_kv=microbatch.boundaries_K,
             max_seqlen_q=microbatch.longest,
             max_seqlen_kv=microbatch.longest,
+            prompts=microbatch.prompts_K.tolist(),
         ),
     )
     policy = model.module if isinstance(model, DataParallel) else model

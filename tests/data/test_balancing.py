@@ -8,7 +8,8 @@ import random
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpt_mega.data.balancing import plan_microbatches
+from hpt_mega.data.balancing import plan_microbatches, share_prompts
+from hpt_mega.trajectory import Source, Trajectory
 
 LENGTHS = st.lists(st.integers(2, 40), max_size=25)
 BUDGETS = st.integers(1, 120)
@@ -60,6 +61,50 @@ def test_sequences_that_belong_together_share_a_micro_batch(
     for part in (part for rank in plan for part in rank):
         inside = {together[i] for i in part}
         assert part == [i for i in range(len(sizes)) if together[i] in inside]
+
+
+def answers(prompts: list[int], size: int, *, paired: bool = False) -> list[Trajectory]:
+    """A response of one to five tokens to each of the prompts, which have `size` tokens."""
+    return [
+        Trajectory(
+            (prompt,) * size,
+            (0,) * (1 + index % 5),
+            group=prompt,
+            source=Source.ONLINE,
+            policy_version=0,
+            rollout_logp=(),
+            reward=0.0,
+            pair=index // 2 if paired else -1,
+        )
+        for index, prompt in enumerate(prompts)
+    ]
+
+
+PROMPTS = st.lists(st.integers(0, 3), min_size=1, max_size=16)
+
+
+@given(prompts=PROMPTS, size=st.integers(1, 6), most=st.integers(1, 40))
+def test_responses_to_a_prompt_share_it_in_parts_of_limited_size(
+    prompts: list[int], size: int, most: int
+) -> None:
+    trajectories = answers(prompts, size)
+    lengths, together = share_prompts(trajectories, most)
+    for part in set(together):
+        members = [index for index, one in enumerate(together) if one == part]
+        assert len({prompts[index] for index in members}) == 1
+        tokens = sum(lengths[index] for index in members)
+        assert tokens == size + sum(len(trajectories[index].response_tokens) for index in members)
+        assert tokens <= most or len(members) == 1
+    assert len(set(together)) == len(set(prompts)) or sum(lengths) > most
+
+
+@given(prompts=PROMPTS, most=st.integers(1, 40))
+def test_a_pair_is_not_split_even_where_its_prompts_differ(prompts: list[int], most: int) -> None:
+    trajectories = answers(prompts, 3, paired=True)
+    lengths, together = share_prompts(trajectories, most)
+    assert together[: len(together) // 2 * 2 : 2] == together[1::2]
+    stand = {(part, prompt) for part, prompt in zip(together, prompts, strict=True)}
+    assert sum(lengths) == 3 * len(stand) + sum(len(t.response_tokens) for t in trajectories)
 
 
 def test_ranks_differ_by_under_a_percent_in_work_where_attention_counts() -> None:

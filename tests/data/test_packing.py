@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import accumulate, pairwise
 
 import torch
@@ -66,6 +67,34 @@ def test_collate_puts_every_token_where_a_plain_loop_puts_it(
     assert batch.weight_B.tolist() == [t.weight for t in trajectories]
     assert batch.group_B.tolist() == [t.group for t in trajectories]
     assert batch.source_B.tolist() == [int(t.source) for t in trajectories]
+
+
+@given(trajectories=TRAJECTORIES, prompts=st.lists(st.integers(0, 2), min_size=6, max_size=6))
+def test_a_shared_prompt_stands_once_and_each_response_reads_as_behind_its_own(
+    trajectories: list[Trajectory], prompts: list[int]
+) -> None:
+    asked = [
+        replace(t, prompt_tokens=trajectories[prompt % len(trajectories)].prompt_tokens)
+        for t, prompt in zip(trajectories, prompts, strict=False)
+    ]
+    batch = collate(asked, share_prompts=True)
+    (tokens,), (positions,) = batch.tokens_1S.tolist(), batch.positions_1S.tolist()
+    segments = [range(a, b) for a, b in pairwise(batch.boundaries_K.tolist())]
+    once = sum(map(len, {t.prompt_tokens for t in asked})) + sum(len(t.response_tokens) for t in asked)
+    assert len(tokens) == max(2, once)
+    rows, columns, places, targets = (x.tolist() for x in indices(batch))
+    assert list(zip(rows, columns, strict=True)) == [
+        (row, column) for row, t in enumerate(asked) for column in range(len(t.response_tokens))
+    ]
+    for row, column, place, target in zip(rows, columns, places, targets, strict=True):
+        t = asked[row]
+        (number,) = (k for k, segment in enumerate(segments) if place in segment)
+        prompt = int(batch.prompts_K[number])
+        before = [] if prompt == number else segments[prompt]
+        seen = [*before, *range(segments[number].start, place + 1)]
+        assert tuple(tokens[at] for at in seen) == t.prompt_tokens + t.response_tokens[:column]
+        assert [positions[at] for at in seen] == list(range(len(seen)))
+        assert target == t.response_tokens[column]
 
 
 def indices(batch: MicroBatch) -> tuple[torch.Tensor, ...]:

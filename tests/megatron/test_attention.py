@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from hpt_mega.megatron.attention import (
+    PackedRow,
     _short_bf16_attention,
     causal_attention,
     packed_attention,
@@ -79,9 +80,27 @@ def test_packed_segments_attend_as_if_each_were_alone(kernel: Any) -> None:
     apart = torch.cat(
         [expected_attention(*(x[a:b, None] for x in leaves))[:, 0] for a, b in pairwise(bounds)]
     )
-    found = packed_attention(kernel, query, key, value, bounds)
+    found = packed_attention(kernel, query, key, value, bounds, [0, 1, 2])
     for ours, right in zip(
         outputs_and_gradients(found, leaves), outputs_and_gradients(apart, leaves), strict=True
+    ):
+        torch.testing.assert_close(ours, right, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("kernel", [causal_attention, _short_bf16_attention])
+def test_responses_that_share_a_prompt_attend_as_if_each_stood_behind_its_own(kernel: Any) -> None:
+    leaves = query, key, value = tuple(x[:, 0] for x in inputs(6, torch.float64))
+    # an answer to the second prompt stands before one to the first; the last sequence is alone
+    bounds, prompts = [0, 3, 5, 6, 8, 11, LENGTH], [0, 0, 2, 2, 0, 5]
+    expected = torch.empty(LENGTH, query.shape[1] * CHANNELS, dtype=torch.float64)
+    segments = [list(range(a, b)) for a, b in pairwise(bounds)]
+    for segment, prompt in zip(segments, prompts, strict=True):
+        before = [] if segments[prompt] == segment else segments[prompt]
+        whole = [x[[*before, *segment], None] for x in leaves]
+        expected[segment] = expected_attention(*whole)[len(before) :, 0]
+    found = packed_attention(kernel, query, key, value, bounds, prompts)
+    for ours, right in zip(
+        outputs_and_gradients(found, leaves), outputs_and_gradients(expected, leaves), strict=True
     ):
         torch.testing.assert_close(ours, right, rtol=1e-10, atol=1e-10)
 
@@ -97,7 +116,8 @@ def test_a_window_of_packed_segments_is_that_of_each_alone() -> None:
     query, key, value = (x[:, 0] for x in inputs(2, torch.float64))
     bounds, window = [0, 6, LENGTH], 3
     attention = WindowAttention(SimpleNamespace(context_parallel_size=1, window_size=(window - 1, 0)), 1)
-    found = attention(query, key, value, packed_seq_params=SimpleNamespace(cu_seqlens_q=torch.tensor(bounds)))
+    row = PackedRow(cu_seqlens_q=torch.tensor(bounds), prompts=[0, 1])
+    found = attention(query, key, value, packed_seq_params=row)
     for at in range(LENGTH):
         first = max(at - window + 1, 0 if at < 6 else 6)
         for head in range(2):

@@ -34,7 +34,8 @@ LAYOUTS = (
     ParallelConfig(tp=1, pp=1, dp=2),
     ParallelConfig(tp=1, pp=1, dp=1, cp=2),
 )
-LENGTHS = ((3, 5), (4, 9), (6, 2), (2, 7), (5, 4), (3, 3), (7, 6), (2, 2))  # prompt and response tokens
+LENGTHS = ((3, 5, 9), (6, 2, 7), (5, 4, 3), (7, 6, 2))  # tokens of a prompt and its two responses
+RESPONSES = [response for _, *responses in LENGTHS for response in responses]
 BETA, GAMMA, LAMBDA = 0.3, 0.95, 0.8
 TOLERANCE = 2e-5  # of the largest gradient
 
@@ -43,20 +44,23 @@ def trajectories() -> list[Trajectory]:
     """Four questions with two responses of unequal reward and length each; the pairs of DPO."""
     generator = torch.Generator().manual_seed(3)
     made = []
-    for index, (prompt, response) in enumerate(LENGTHS):
-        tokens = tuple(torch.randint(0, VOCABULARY, (prompt + response,), generator=generator).tolist())
-        made.append(
-            Trajectory(
-                tokens[:prompt],
-                tokens[prompt:],
-                group=index // 2,
-                source=Source.ONLINE,
-                policy_version=0,
-                rollout_logp=(-1.0,) * response,
-                reward=float(index % 2),
-                pair=index // 2,
-            )
+    for group, lengths in enumerate(LENGTHS):
+        prompt, *responses = (
+            tuple(torch.randint(0, VOCABULARY, (length,), generator=generator).tolist()) for length in lengths
         )
+        for reward, response in enumerate(responses):
+            made.append(
+                Trajectory(
+                    prompt,
+                    response,
+                    group=group,
+                    source=Source.ONLINE,
+                    policy_version=0,
+                    rollout_logp=(-1.0,) * len(response),
+                    reward=float(reward),
+                    pair=group,
+                )
+            )
     return made
 
 
@@ -181,7 +185,7 @@ def test_a_ppo_update_has_the_gradients_of_its_published_losses(folder: Path, tm
     model, critic = load_llama(folder), load_llama(folder)
     weight = head().requires_grad_()
     policy_loss, critic_loss = torch.zeros(()), torch.zeros(())
-    tokens = sum(response for _, response in LENGTHS)
+    tokens = sum(RESPONSES)
     every_value = []
     for trajectory in trajectories():
         sequence = torch.tensor([trajectory.prompt_tokens + trajectory.response_tokens])
@@ -207,7 +211,7 @@ def test_a_ppo_update_has_the_gradients_of_its_published_losses(folder: Path, tm
 def test_kl_in_the_reward_is_that_of_the_sampling_policy(name: str, folder: Path, tmp_path: Path) -> None:
     coefficient = 0.4
     options = {"kl_coef": coefficient, "kl_in": "reward", "kl_form": "k1"}
-    sizes = {"gae_gamma": GAMMA, "gae_lambda": LAMBDA} if name == "ppo" else {"length": 9}
+    sizes = {"gae_gamma": GAMMA, "gae_lambda": LAMBDA} if name == "ppo" else {"length": max(RESPONSES)}
     found = run_ranks(learn, 2, tmp_path, folder, name, options | sizes, 1)
     model, reference = load_llama(folder), load_llama(folder)
     nudge({id(p): p for p in reference.parameters()}.values())
@@ -224,14 +228,14 @@ def test_kl_in_the_reward_is_that_of_the_sampling_policy(name: str, folder: Path
     for index, trajectory in enumerate(trajectories()):
         if name == "dr_grpo":
             advantage = rewards[index] - rewards.view(-1, 2)[index // 2].mean()
-            loss = loss - (advantage * logps[index]).sum() / 9 / len(LENGTHS)
+            loss = loss - (advantage * logps[index]).sum() / max(RESPONSES) / len(RESPONSES)
         else:
             sequence = torch.tensor([trajectory.prompt_tokens + trajectory.response_tokens])
             with torch.no_grad():
                 values = (model.model(sequence).last_hidden_state[0] @ weight.t())[:-1, 0]
             values = values[len(trajectory.prompt_tokens) - 1 :]
             token_advantage = brute_force_gae(values.tolist(), trajectory.reward, penalties[index].tolist())
-            loss = loss - (token_advantage * logps[index]).sum() / sum(n for _, n in LENGTHS)
+            loss = loss - (token_advantage * logps[index]).sum() / sum(RESPONSES)
     assert_gradients(found, gradients_of(model, loss))
 
 
