@@ -35,7 +35,7 @@ from hpt_mega.megatron.step import Metrics, Objective, describe_update, forward_
 from hpt_mega.objective import Estimator, TokenBatch
 from hpt_mega.trajectory import Trajectory
 
-_PARTS = 4  # of a rank's work, at least, that can be dealt out
+_PARTS = 4  # of a rank's work, at least: whole questions could not be dealt out evenly
 
 
 @dataclass
@@ -176,8 +176,8 @@ class Learner:
         lengths = [round_up(len(t), segment) for t in given]
         together = [t.pair for t in given] if any(t.pair >= 0 for t in given) else None
         if self.policy.module.shares_prompts:
-            least = parallel.dp * count_multiple  # micro-batches; parts of prompts are small beside a share
-            most = budget if least == 1 else min(budget, sum(lengths) // (_PARTS * least))
+            fewest = parallel.dp * count_multiple  # micro-batches
+            most = budget if fewest == 1 else min(budget, sum(lengths) // (_PARTS * fewest))
             lengths, together = share_prompts(given, most)
         plan = plan_microbatches(
             lengths,
