@@ -24,8 +24,8 @@ class MicroBatch:
     Segment k of the row is [boundaries_K[k], boundaries_K[k + 1]): a sequence with the padding that context
     parallelism asks for, at last the padding that rounds the row. No token sees another segment, and
     positions count from each segment's start. But responses may share a prompt: it is a segment then, and so
-    is each of them, which sees segment `prompts_K[k]` before itself and counts on from its end; elsewhere
-    `prompts_K[k]` is k. Response token n is `targets_N[n]`; it is predicted from the hidden state at
+    is each of them, which sees segment `prompts[k]` before itself and counts on from its end; elsewhere
+    `prompts[k]` is k. Response token n is `targets_N[n]`; it is predicted from the hidden state at
     `places_N[n]` of the row and stands at (`rows_N[n]`, `columns_N[n]`) of the [B, T] tensors. Those that may
     be None are there only where the trajectories carry them.
     """
@@ -33,7 +33,7 @@ class MicroBatch:
     tokens_1S: Tensor
     positions_1S: Tensor
     boundaries_K: Tensor  # int32, one more than there are segments
-    prompts_K: Tensor
+    prompts: list[int]  # one a segment; read on the host, where a tensor would make a GPU wait
     longest: int  # segment
     rows_N: Tensor
     columns_N: Tensor
@@ -134,7 +134,7 @@ def collate(
             ]
         )[None],
         boundaries_K=torch.tensor(boundaries, dtype=torch.int32),
-        prompts_K=torch.tensor([segment.prompt for segment in segments]),
+        prompts=[segment.prompt for segment in segments],
         longest=max(lengths),
         rows_N=rows_N,
         columns_N=columns_N,
@@ -160,7 +160,7 @@ def collate(
 @dataclass(frozen=True)
 class _Segment:
     tokens: tuple[int, ...]
-    prompt: int  # as in MicroBatch.prompts_K
+    prompt: int  # as in MicroBatch.prompts
     position: int = 0  # of its first token
 
 

@@ -28,7 +28,7 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region  
 class PackedRow(PackedSeqParams):
     """Megatron's description of a packed row, with what CoreAttention alone knows of."""
 
-    prompts: list[int] = field(default_factory=list)  # MicroBatch.prompts_K
+    prompts: list[int] = field(default_factory=list)  # MicroBatch.prompts
 
 
 class CoreAttention(torch.nn.Module):

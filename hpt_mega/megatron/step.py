@@ -189,7 +189,7 @@ def _forward(
             cu_seqlens_kv=microbatch.boundaries_K,
             max_seqlen_q=microbatch.longest,
             max_seqlen_kv=microbatch.longest,
-            prompts=microbatch.prompts_K.tolist(),
+            prompts=microbatch.prompts,
         ),
     )
     policy = model.module if isinstance(model, DataParallel) else model

@@ -89,7 +89,7 @@ def test_a_shared_prompt_stands_once_and_each_response_reads_as_behind_its_own(
     for row, column, place, target in zip(rows, columns, places, targets, strict=True):
         t = asked[row]
         (number,) = (k for k, segment in enumerate(segments) if place in segment)
-        prompt = int(batch.prompts_K[number])
+        prompt = batch.prompts[number]
         before = [] if prompt == number else segments[prompt]
         seen = [*before, *range(segments[number].start, place + 1)]
         assert tuple(tokens[at] for at in seen) == t.prompt_tokens + t.response_tokens[:column]
