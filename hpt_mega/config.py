@@ -5,7 +5,6 @@ Whether a config makes sense is checked in validation.py.
 
 from __future__ import annotations
 
-import difflib
 import os
 import platform
 import re
@@ -22,6 +21,8 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
+
+from hpt_mega.suggestion import did_you_mean
 
 
 class ConfigError(ValueError):
@@ -379,7 +380,7 @@ def _checked_override(override: str) -> str:
     if choices is not None:
         if value not in (*choices, "null"):
             raise ConfigError(
-                f"{key}={value}: no such choice{_nearest(value, choices)}; known: {', '.join(choices)}"
+                f"{key}={value}: no such choice{did_you_mean(value, choices)}; known: {', '.join(choices)}"
             )
         return override
     section, _, rest = key.partition(".")
@@ -415,7 +416,8 @@ def _type_at(key: str) -> Any:
             raise ConfigError(f"unknown key {key}: nothing lies below {key.rpartition('.')[0]}")
         hints = get_type_hints(node)
         if part not in hints:
-            near = _nearest(key, list(leaves(Config)))
+            groups = (path.name for path in conf_dir().iterdir() if path.is_dir())
+            near = did_you_mean(key, [*groups, *leaves(Config)])
             raise ConfigError(f"unknown key {key}{near or '; hpt_mega/config.py lists them all'}")
         node = hints[part]
     return node
@@ -427,16 +429,6 @@ def leaves(node: Any, prefix: str = "") -> Iterator[str]:
             yield from leaves(hint, f"{prefix}{name}.")
         else:
             yield prefix + name
-
-
-def _nearest(given: str, known: list[str]) -> str:
-    """ "; did you mean X?" for the known names closest to the given one, or the last part of it."""
-    last = given.rpartition(".")[2]
-    same_leaf = [name for name in known if name.rpartition(".")[2] == last]
-    close = same_leaf + [
-        name for name in difflib.get_close_matches(given, known, n=2, cutoff=0.75) if name not in same_leaf
-    ]
-    return f"; did you mean {' or '.join(close[:2])}?" if close else ""
 
 
 def _explain(error: BaseException) -> str:

@@ -76,6 +76,8 @@ def test_a_saved_config_is_loaded_as_it_was(tmp_path: Path) -> None:
     ("override", "expected"),
     [
         ("paralel.pp=3", "did you mean parallel.pp"),
+        ("paralel=pp3", "did you mean parallel or "),
+        ("experimnt=demo", "did you mean experiment?"),
         ("parallel.pipeline=3", "unknown key parallel.pipeline"),
         ("lr=1e-4", "did you mean optimizer.lr or critic.lr?"),
         ("seed.x=1", "nothing lies below seed"),

@@ -5,7 +5,6 @@ What a benchmark is lives in benchmarks.py; what the questions are asked with in
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +23,7 @@ from hpt_mega.config import (
     ServerConfig,
 )
 from hpt_mega.config import leaves as key_names
+from hpt_mega.suggestion import did_you_mean
 
 
 @dataclass
@@ -73,9 +73,8 @@ def compose(settings: Sequence[str]) -> EvalConfig:
         if not equals:
             raise ConfigError(f"got {setting!r}, expected KEY=VALUE, for instance k=32")
         if key not in known:
-            near = difflib.get_close_matches(key, known, 1)
-            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
-            raise ConfigError(f"unknown key {key}; {hint}")
+            near = did_you_mean(key, known)
+            raise ConfigError(f"unknown key {key}{near or '; known: ' + ', '.join(known)}")
     cfg = _from(OmegaConf.from_dotlist(list(settings)), "hpt eval")
     for key, expected in (("model", "model=FOLDER"), ("benchmarks", "benchmarks=[aime24,math500]")):
         if not getattr(cfg, key):

@@ -13,6 +13,7 @@ from yaml import YAMLError
 from hpt_mega.config import ConfigError, conf_dir, save
 from hpt_mega.lab.exercises import Portion
 from hpt_mega.lab.models import FAMILIES, SIZES
+from hpt_mega.suggestion import did_you_mean
 
 # Overrides of `hpt train`, stage by stage, in which {data} is the folder of questions; the stages share the
 # steps evenly.
@@ -67,7 +68,10 @@ class LabConfig:
     def ablation(self, name: str) -> LabConfig:
         """The grid of an ablation: its variants in place of the methods, one family and size."""
         if name not in self.ablations:
-            raise ConfigError(f"--ablation {name}: no such ablation; known: {', '.join(self.ablations)}")
+            near = did_you_mean(name, self.ablations)
+            raise ConfigError(
+                f"--ablation {name}: no such ablation{near}; known: {', '.join(self.ablations)}"
+            )
         return replace(self, methods=self.ablations[name], families=self.families[:1], sizes=self.sizes[:1])
 
 

@@ -6,7 +6,6 @@ What a layout costs is computed in search.py and the modules that it calls.
 from __future__ import annotations
 
 import argparse
-import difflib
 import json
 import re
 import sys
@@ -17,6 +16,7 @@ from hpt_mega.planning.hardware import Hardware, hardware
 from hpt_mega.planning.job import Job, Layout, PlanError
 from hpt_mega.planning.models import ModelShape, model
 from hpt_mega.planning.search import Plan, Refusal, plan, search
+from hpt_mega.suggestion import did_you_mean
 
 REFUSED = 2
 SHOWN = 8  # layouts of a table
@@ -56,9 +56,7 @@ def parse(settings: list[str]) -> tuple[ModelShape, Hardware, Job, Layout | None
         if not equals or not value:
             raise PlanError(f"{setting} given, expected KEY=VALUE such as gpus=64")
         if key not in KEYS and not key.startswith(("model.", "hardware.")):
-            near = difflib.get_close_matches(key, KEYS, 1)
-            hint = f"; did you mean {near[0]}" if near else ""
-            raise PlanError(f"unknown key {key}{hint}; expected one of {', '.join(KEYS)}")
+            raise PlanError(f"unknown key {key}{did_you_mean(key, KEYS)}; expected one of {', '.join(KEYS)}")
         given[key] = value if key in WORDS else _value(key, value)
     for key in ("model", "hardware", "gpus"):
         if key not in given:

@@ -5,11 +5,11 @@ Which efficiencies were fitted, and on what, is said at `Efficiency`; bench/plan
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from hpt_mega.planning.job import PlanError
+from hpt_mega.suggestion import did_you_mean
 
 
 @dataclass(frozen=True)
@@ -81,10 +81,9 @@ DEFAULT = Efficiency()
 def hardware(name: str, **changes: Any) -> Hardware:
     """A preset with some figures changed, so that any GPU can be described. Raises PlanError."""
     if name not in HARDWARE:
-        near = difflib.get_close_matches(name, HARDWARE, 1)
-        hint = f"; did you mean {near[0]}" if near else ""
+        near = did_you_mean(name, HARDWARE)
         raise PlanError(
-            f"unknown hardware {name}{hint}; expected one of {', '.join(HARDWARE)}; for another GPU take the "
+            f"unknown hardware {name}{near}; expected one of {', '.join(HARDWARE)}; for another GPU take the "
             "nearest and give hardware.memory_gib and so on"
         )
     known = [field.name for field in fields(Hardware) if field.name != "name"]

@@ -5,11 +5,11 @@ How a shape is cut over GPUs is in memory.py and throughput.py.
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from hpt_mega.planning.job import PlanError
+from hpt_mega.suggestion import did_you_mean
 
 
 @dataclass(frozen=True)
@@ -201,9 +201,8 @@ MODELS = {
 def model(name: str, **sizes: Any) -> ModelShape:
     """A preset with some sizes changed. Raises PlanError for unknown names and sizes that do not fit."""
     if name not in MODELS:
-        near = difflib.get_close_matches(name, MODELS, 1)
-        hint = f"; did you mean {near[0]}" if near else ""
-        raise PlanError(f"unknown model {name}{hint}; expected one of {', '.join(MODELS)}")
+        near = did_you_mean(name, MODELS)
+        raise PlanError(f"unknown model {name}{near}; expected one of {', '.join(MODELS)}")
     unknown = sizes.keys() - {field.name for field in fields(ModelShape)}
     if unknown:
         known = ", ".join(field.name for field in fields(ModelShape))

@@ -84,7 +84,7 @@ def test_an_ablation_has_every_variant_on_one_model_and_seeds_of_the_grid(tmp_pa
         assert [(run.method, run.seed) for run in grid] == [(v, s) for s in cfg.seeds for v in variants]
         algorithms = {configs(run)[0].algorithm.name for run in grid[: len(variants)]}
         assert algorithms == {"hpt"} or (name in COMPARES_METHODS and "hpt" in algorithms)
-    with pytest.raises(ConfigError, match="no such ablation; known: threshold"):
+    with pytest.raises(ConfigError, match=r"did you mean gate\?; known: threshold"):
         cfg.ablation("gates")
 
 
