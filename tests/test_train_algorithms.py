@@ -1,4 +1,4 @@
-"""A toy model trained by what needs more than rollouts and a policy: a critic, pairs, demonstrations."""
+"""A toy model trained by what needs more than a policy in fp32: a critic, pairs, a loss scale."""
 
 from __future__ import annotations
 
@@ -22,15 +22,24 @@ def even(response: str, answer: str) -> tuple[float, str]:
     return float(len(response) % 2 == 0), "its length"
 
 
-def train(folder: Path, *overrides: str) -> None:
+def train(folder: Path, *overrides: str, precision: str = "fp32") -> None:
     """A run in folder/run."""
     model = folder / "model"
     if not model.exists():
         toy.save_toy(model)
-    settings = (*toy.settings(model), "precision=fp32", f"run_dir={folder / 'run'}", *overrides)
+    settings = (*toy.settings(model), f"precision={precision}", f"run_dir={folder / 'run'}", *overrides)
     command = [sys.executable, "-m", "hpt_mega.cli", "train", *settings]
     done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_S)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def forget_last_step(run: Path) -> None:
+    """Leave the run as it was when its last step began."""
+    *_, before, last = sorted((run / "checkpoints").glob("step_*"))
+    shutil.rmtree(last)
+    records = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_text("".join(records[:-1]))
+    assert json.loads(records[-2])["step"] == int(before.name.removeprefix("step_"))
 
 
 @pytest.mark.parametrize(
@@ -54,9 +63,27 @@ def test_a_run_cut_short_goes_on_with_the_numbers_of_the_whole_one(
     assert all(0 < record["reward"] < 1 for record in whole[1:])
     assert all(("value_loss" in record) == (name == "ppo") for record in whole[1:])
     assert all((record["sft_fraction"] > 0) == (name in ("luffy", "srft")) for record in whole[1:])
-    for step in (2, 3):
-        shutil.rmtree(tmp_path / "run" / "checkpoints" / f"step_{step:06d}")
+    forget_last_step(tmp_path / "run")
     train(tmp_path, *settings, "resume=auto")
+    assert toy.metrics(tmp_path / "run") == whole
+
+
+def test_the_loss_scale_of_fp16_skips_a_step_and_goes_on_from_a_checkpoint(tmp_path: Path) -> None:
+    settings = (
+        "parallel=pp2",
+        "gate=both",
+        f"reward.kind={__name__}.even",
+        "trainer.steps=3",
+        "trainer.save_every=1",
+        f"precision.loss_scale={2**19}",  # twice of it is too much for the toy's gradient
+        "precision.loss_scale_window=2",
+    )
+    train(tmp_path, *settings, precision="fp16")
+    whole = toy.metrics(tmp_path / "run")
+    assert [record["skipped"] for record in whole[1:]] == [0, 0, 1]
+    assert [record["loss_scale"] for record in whole[1:]] == [2**19, 2**20, 2**19]
+    forget_last_step(tmp_path / "run")
+    train(tmp_path, *settings, "resume=auto", precision="fp16")
     assert toy.metrics(tmp_path / "run") == whole
 
 
