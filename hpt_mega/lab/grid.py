@@ -20,6 +20,7 @@ from hpt_mega.telemetry.runs import COUNTS, LABEL
 
 SETS = ("pretraining", "training", "heldout")
 VERIFIED = "verified"  # the questions of training with the demonstrations of another school
+HPT = [["algorithm=hpt"]]  # the stages of the method
 BASE = "base"  # the "method" of the models that nothing has trained further
 
 
@@ -51,6 +52,7 @@ class Run:
     jobs: tuple[Job, ...]
     base: Path | None = None  # the evaluation of the model that it begins with
     outside: tuple[str, ...] = ()
+    is_reference: bool = False  # what others are compared with: HPT as it stands
 
     @property
     def name(self) -> str:
@@ -73,6 +75,7 @@ class Run:
         label: dict[str, object] = {"method": self.method, "cell": self.cell, "seed": self.seed}
         if self.base:
             label |= {"base": os.path.relpath(self.base, self.folder), "outside": self.outside}
+            label["is_reference"] = self.is_reference
         write_atomically(self.folder / LABEL, json.dumps(label) + "\n")
 
     def tidy(self) -> None:
@@ -162,7 +165,8 @@ def _run(cfg: LabConfig, folder: Path, below: str, family: str, size: str, metho
         model = run_dir / "hf"
     outside = tuple(portion.task for portion in cfg.data.outside)
     jobs.append(_evaluation(cfg, folder, home))
-    return Run(method, cell, seed, home, tuple(jobs), _counts_of_base(folder, cell), outside)
+    is_reference = stages == HPT
+    return Run(method, cell, seed, home, tuple(jobs), _counts_of_base(folder, cell), outside, is_reference)
 
 
 def _counts_of_base(folder: Path, cell: str) -> Path:

@@ -18,8 +18,6 @@ from hpt_mega.telemetry.records import write_atomically
 from hpt_mega.telemetry.runs import Finished, alike, comparable, find, unfinished, unnamed
 from hpt_mega.telemetry.significance import Mean, blocked, paired
 
-REFERENCE = "hpt"  # the method that others are tested against; where it is not there, the first
-
 Score = Callable[[Finished], float | None]
 
 
@@ -127,7 +125,7 @@ SCORES: tuple[tuple[str, Score], ...] = (
 
 def _overall(runs: Sequence[Finished]) -> Table:
     measured = [(name, score) for name, score in SCORES if all(score(run) is not None for run in runs)]
-    reference = _reference(runs)
+    reference = _methods(runs)[0]
     rows = []
     for method in _methods(runs):
         own = _of(runs, method)
@@ -253,10 +251,6 @@ def _cells(runs: Sequence[Finished]) -> list[str]:
 
 def _of(runs: Sequence[Finished], method: str) -> list[Finished]:
     return [run for run in runs if run.method == method]
-
-
-def _reference(runs: Sequence[Finished]) -> str:
-    return REFERENCE if REFERENCE in _methods(runs) else _methods(runs)[0]
 
 
 def _known(value: float | None) -> float:

@@ -50,9 +50,10 @@ def draw(runs: Sequence[Finished], folder: Path) -> list[Plot]:
 
 
 def methods(runs: Sequence[Finished]) -> list[str]:
-    """The methods, HPT first and the others by name."""
+    """The methods: first what the others are tested against, by a lab's labels or HPT; the rest by name."""
+    labelled = {run.method for run in runs if run.is_reference}
     names = sorted({run.method for run in runs})
-    return sorted(names, key=lambda name: name != FIRST)
+    return sorted(names, key=lambda name: (name not in labelled, name != FIRST))
 
 
 def solved_at(counts: Counts, k: int) -> float:
@@ -132,7 +133,7 @@ def _draw(what: _Figure, runs: Sequence[Finished], folder: Path) -> Plot:
     for axes, cell in zip(panels, cells, strict=True):
         for number, method in enumerate(methods(runs)):
             curves = [what.curve(run) for run in runs if run.cell == cell and run.method == method]
-            _line(axes, curves, COLOURS[number % len(COLOURS)], method)
+            _line(axes, curves, number, method)
         axes.set_title(cell)
         axes.set_xlabel(what.x)
         _scale(axes, what)
@@ -155,14 +156,15 @@ def _scale(axes: Axes, what: _Figure) -> None:
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
 
 
-def _line(axes: Axes, curves: Sequence[Curve], colour: str, label: str) -> None:
+def _line(axes: Axes, curves: Sequence[Curve], number: int, label: str) -> None:
     """The mean of the seeds at each x that all of them have, in a band of one standard error."""
     shared = sorted(set.intersection(*(set(curve) for curve in curves))) if curves else []
     if not shared:
         return
     values = np.array([[curve[x] for x in shared] for curve in curves])
     centre = values.mean(0)
-    width, order = (2.4, 3) if label == FIRST else (1.5, 2)
+    colour = COLOURS[number % len(COLOURS)]
+    width, order = (1.5, 2) if number else (2.4, 3)
     axes.plot(shared, centre, color=colour, linewidth=width, label=label, zorder=order)
     if len(curves) > 1:
         error = values.std(0, ddof=1) / np.sqrt(len(curves))

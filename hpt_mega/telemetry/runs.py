@@ -51,6 +51,7 @@ class Finished:
     counts: Counts | None = None
     base: Counts | None = None  # of the model that the run began with
     outside: list[str] = field(default_factory=list)  # tasks that are not trained on
+    is_reference: bool = False  # that others are tested against
 
     def measured(self, key: str) -> list[Record]:
         """The records that hold a metric."""

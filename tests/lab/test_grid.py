@@ -15,6 +15,7 @@ from hpt_mega.lab.exercises import draw
 from hpt_mega.lab.grid import Run, base_models, runs
 from hpt_mega.lab.models import tokenizer
 
+WITHOUT_HPT = ("rl", "precision", "horizon", "demonstrations")  # as it stands
 COMPARES_METHODS = ("demonstrations", "horizon", "likelihood", "parts")  # ablations of more than HPT
 
 
@@ -82,6 +83,8 @@ def test_an_ablation_has_every_variant_on_one_model_and_seeds_of_the_grid(tmp_pa
         grid = runs(cfg.ablation(name), tmp_path, name)
         assert {run.cell for run in grid} == {"llama_1m"}
         assert [(run.method, run.seed) for run in grid] == [(v, s) for s in cfg.seeds for v in variants]
+        references = {run.method for run in grid if run.is_reference}
+        assert len(references) == (name not in WITHOUT_HPT)
         algorithms = {configs(run)[0].algorithm.name for run in grid[: len(variants)]}
         assert algorithms == {"hpt"} or (name in COMPARES_METHODS and "hpt" in algorithms)
     with pytest.raises(ConfigError, match=r"did you mean gate\?; known: threshold"):

@@ -91,6 +91,15 @@ def test_the_tables_hold_means_paired_differences_and_never_solved_questions(lab
     assert rows(markdown, "Course of training")["hpt"][0] == "96.2 → 51.2"
 
 
+def test_the_labels_say_what_the_others_are_tested_against(lab: Path) -> None:
+    for file in lab.glob("*/other*/label.json"):
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"is_reference": True}))
+    write_comparison([lab], lab)
+    overall = rows((lab / "comparison.md").read_text(), "Held-out accuracy after training")
+    assert list(overall) == ["method", "other", "hpt", "grpo"]
+    assert overall["method"][-2:] == ["other − method", "p"]
+
+
 def test_means_are_taken_over_models_and_seeds_that_every_method_has(lab: Path) -> None:
     folder = make(lab / "large" / "hpt3", "algorithm=hpt")
     label(folder, "hpt", "large", 3, {"a": 0, "b": 0, "c": 0, "d": 0})
