@@ -104,7 +104,8 @@ def _parser() -> argparse.ArgumentParser:
     grade = verbs.add_parser(
         "grade",
         help="grade answers against gold ones",
-        description='Grade lines {"answer": GOLD, "response": TEXT, "kind": "math" | "choice" | "exact"}; '
+        description='Grade lines {"answer": GOLD, "response": TEXT, "kind": KIND}, '
+        "KIND one of math, choice, exact, format; "
         'writes {"reward": 0 | 1, "why": ...} in the same order.',
         epilog="example: hpt grade --file answers.jsonl --out rewards.jsonl --workers 8",
     )

@@ -1,6 +1,6 @@
 """The typed config tree (the schema of conf/) and how a config is composed, saved and loaded.
 
-Whether a config makes sense is checked in validation.py.
+Whether a config makes sense is checked in validation/.
 """
 
 from __future__ import annotations
@@ -365,7 +365,7 @@ def load(path: Path) -> Config:
     return config
 
 
-_OPTION_SECTIONS = ("algorithm", "gate")  # their options depend on their name; validation.py checks them
+_OPTION_SECTIONS = ("algorithm", "gate")  # their options depend on their name; validation/ checks them
 
 
 def _checked_override(override: str) -> str:

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # A sweep as a job array, and a report when all have ended; values with commas are swept, as Hydra's --multirun:
-#   bash slurm/ablation.sh runs/ablation experiment=demo algorithm=hpt,grpo,luffy seed=1,2
+#   bash slurm/ablation.sh runs/ablation experiment=demo parallel=single algorithm=hpt,grpo,luffy seed=1,2
 # AT_ONCE limits how many run together.
 # SBATCH_OPTIONS holds options for every job of the array, for instance "--nodes=2 --ntasks-per-node=8".
 #SBATCH --job-name=hpt_ablation

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Any experiment on any nodes: sbatch --nodes=2 --ntasks-per-node=8 slurm/train.sh experiment=demo trainer.steps=50
-# Without submitting: bash slurm/train.sh --dry-run experiment=demo
+# Any experiment on any nodes, a task a rank: sbatch --nodes=2 --ntasks-per-node=1 slurm/train.sh experiment=demo
+# Without submitting: bash slurm/train.sh --dry-run experiment=demo parallel=single
 #SBATCH --job-name=hpt
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1

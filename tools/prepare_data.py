@@ -42,7 +42,7 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__,
         epilog="example: python tools/prepare_data.py --data hf:Elliott/Openr1-Math-46k-8192 "
         "--columns openr1 --drop-system --tokenizer models/Qwen2.5-Math-7B --out data/openr1 "
-        "--benchmarks aime24 aime25; then hpt train data=openr1_math",
+        "--benchmarks aime24 aime25; then hpt train model=qwen2_5_math_7b data=openr1_math",
     )
     parser.add_argument(
         "--data", required=True, metavar="FILE", help=".jsonl, .json, .parquet or hf:OWNER/NAME"

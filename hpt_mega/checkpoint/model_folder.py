@@ -19,7 +19,7 @@ def read_model(model: ModelConfig) -> tuple[Mapping[str, Any], list[str]]:
     folder = Path(model.path)
     how = (
         "set model.path to a Hugging Face folder; the demo's is made by "
-        f"`python tools/prepare_demo_model.py --out {folder}`"
+        f"`python tools/prepare_demo_model.py --out {ModelConfig.path}`"
     )
     if not folder.is_dir():
         return {}, [f"model.path={folder}: no such folder (looked for {folder.absolute()}); {how}"]

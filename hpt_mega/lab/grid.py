@@ -127,7 +127,7 @@ def base_models(cfg: LabConfig, folder: Path) -> list[Run]:
             "resume=auto",
             f"run_dir={home}",
         )
-        jobs = (Job("train", settings, home), _evaluation(cfg, folder, home))
+        jobs = (Job("train", settings, home), _evaluation(cfg, folder, home, []))
         runs.append(Run(BASE, cell, cfg.data.seed, home, jobs))
     return runs
 
@@ -164,7 +164,7 @@ def _run(cfg: LabConfig, folder: Path, below: str, family: str, size: str, metho
         jobs.append(Job("train", settings, run_dir))
         model = run_dir / "hf"
     outside = tuple(portion.task for portion in cfg.data.outside)
-    jobs.append(_evaluation(cfg, folder, home))
+    jobs.append(_evaluation(cfg, folder, home, [one for stage in stages for one in stage]))
     is_reference = stages == HPT
     return Run(method, cell, seed, home, tuple(jobs), _counts_of_base(folder, cell), outside, is_reference)
 
@@ -173,8 +173,10 @@ def _counts_of_base(folder: Path, cell: str) -> Path:
     return folder / BASE / cell / "eval" / COUNTS
 
 
-def _evaluation(cfg: LabConfig, folder: Path, home: Path) -> Job:
-    """pass@k of the run's model on the held-out questions, all of them alike for every run."""
+def _evaluation(cfg: LabConfig, folder: Path, home: Path, overrides: Sequence[str]) -> Job:
+    """pass@k of the run's model on the held-out questions, alike for every run but that responses may be as
+    long as the overrides of its training let them be."""
+    given = dict(override.split("=", 1) for override in overrides)
     settings = (
         f"model={home / 'hf'}",
         f"benchmarks=[{_file(folder, 'heldout')}]",
@@ -185,7 +187,7 @@ def _evaluation(cfg: LabConfig, folder: Path, home: Path) -> Job:
         "kind=exact",
         "published=''",
         "precision.dtype=fp32",
-        "max_new_tokens=64",
+        f"max_new_tokens={given.get('rollout.max_new_tokens', 64)}",
         "max_sequences=512",
         "questions_per_batch=50",
         f"run_dir={home / 'eval'}",

@@ -151,4 +151,6 @@ def _parts(title: str, table: Mapping[str, Callable[..., Any]]) -> str:
 
 
 def _number(value: Any) -> str:
-    return "the batch's T" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+    if value is None:
+        return "rollout.max_new_tokens"
+    return f"{value:g}" if isinstance(value, float) else str(value)

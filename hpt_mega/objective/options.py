@@ -29,4 +29,6 @@ class Options:
     kl_form: str = "k3"  # k1, k2 or k3
     kl_in: str = "loss"  # loss, or reward: then it is subtracted from the reward before the advantage
     entropy_coef: float = 0.0
-    length: float | None = None  # constant aggregation: tokens a sequence is divided by; None: the batch's T
+    # constant aggregation: tokens a sequence is divided by; None: the batch's T, in `hpt train` the longest
+    # response there can be
+    length: float | None = None

@@ -73,8 +73,9 @@ def test_the_sets_share_no_question_and_fit_the_limits_of_length(name: str, tmp_
     assert len(words(longest.worked).input_ids) < limits.max_demonstration_tokens
     assert max(map(len, prompts)) <= limits.max_prompt_tokens
     longest_verified = max(len(words(e.verified).input_ids) for e in sets[1])
-    for run in runs(read("full").ablation("demonstrations"), tmp_path, "m")[:4]:
+    for run in runs(read("full").ablation("demonstrations"), tmp_path, "m")[:5]:
         assert longest_verified < configs(run)[0].data.max_demonstration_tokens
+        assert f"max_new_tokens={configs(run)[0].rollout.max_new_tokens}" in run.jobs[-1].settings
 
 
 def test_an_ablation_has_every_variant_on_one_model_and_seeds_of_the_grid(tmp_path: Path) -> None:
