@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -60,10 +61,14 @@ def finish(process: subprocess.Popen[str], run_dir: Path, expected: int = 0) -> 
 
 def wait_for_step(run_dir: Path, step: int, process: subprocess.Popen[str]) -> None:
     file = run_dir / "metrics.jsonl"
+    wait_until(lambda: file.is_file() and f'"step": {step},' in file.read_text(), run_dir, process)
+
+
+def wait_until(condition: Callable[[], bool], run_dir: Path, process: subprocess.Popen[str]) -> None:
     end = time.monotonic() + DEADLINE_S
-    while not file.is_file() or f'"step": {step},' not in file.read_text():
+    while not condition():
         assert process.poll() is None, run_dir.with_suffix(".log").read_text()
-        assert time.monotonic() < end, f"step {step} was not reached within {DEADLINE_S} s"
+        assert time.monotonic() < end, f"it was not seen within {DEADLINE_S} s"
         time.sleep(0.05)
 
 
@@ -80,13 +85,13 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def killed_run(tmp_path: Path) -> Path:
-    """A run whose launcher got SIGKILL in the middle of step 4; its checkpoint is that of step 2.
+    """A run whose launcher got SIGKILL once its checkpoint of step 2 was there.
 
-    It was written while step 3 went on, unlike those of the run that is never killed.
+    It was written while training went on, unlike those of the run that is never killed.
     """
     run_dir = tmp_path / "run"
     process = start(run_dir, "trainer.async_save=true")
-    wait_for_step(run_dir, 3, process)
+    wait_until((run_dir / "checkpoints" / "step_000002").is_dir, run_dir, process)
     ranks = family_tree(process)
     process.kill()
     process.wait()
@@ -165,8 +170,8 @@ def test_transformers_loads_the_export_and_answers_with_it(finished_run: Path) -
 def test_a_killed_and_resumed_run_has_the_numbers_of_one_never_killed(
     finished_run: Path, killed_run: Path
 ) -> None:
-    assert [record["step"] for record in metrics(killed_run)] == [0, 1, 2, 3]
-    finish(start(killed_run, "resume=auto"), killed_run)
+    assert metrics(killed_run)[-1]["step"] > 2
+    assert "going on after step 2" in finish(start(killed_run, "resume=auto"), killed_run)
     assert metrics(killed_run) == metrics(finished_run)
     whole, resumed = HFCheckpoint(finished_run / "hf"), HFCheckpoint(killed_run / "hf")
     assert all(torch.equal(whole.tensor(name), resumed.tensor(name)) for name in whole.names())

@@ -22,8 +22,8 @@ def even(response: str, answer: str) -> tuple[float, str]:
     return float(len(response) % 2 == 0), "its length"
 
 
-def train(folder: Path, *overrides: str, precision: str = "fp32") -> None:
-    """A run in folder/run."""
+def train(folder: Path, *overrides: str, precision: str = "fp32") -> str:
+    """What a run in folder/run prints."""
     model = folder / "model"
     if not model.exists():
         toy.save_toy(model)
@@ -31,15 +31,14 @@ def train(folder: Path, *overrides: str, precision: str = "fp32") -> None:
     command = [sys.executable, "-m", "hpt_mega.cli", "train", *settings]
     done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_S)
     assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
 
 
 def forget_last_step(run: Path) -> None:
     """Leave the run as it was when its last step began."""
-    *_, before, last = sorted((run / "checkpoints").glob("step_*"))
-    shutil.rmtree(last)
+    shutil.rmtree(max((run / "checkpoints").glob("step_*")))
     records = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
     (run / "metrics.jsonl").write_text("".join(records[:-1]))
-    assert json.loads(records[-2])["step"] == int(before.name.removeprefix("step_"))
 
 
 @pytest.mark.parametrize(
@@ -64,7 +63,7 @@ def test_a_run_cut_short_goes_on_with_the_numbers_of_the_whole_one(
     assert all(("value_loss" in record) == (name == "ppo") for record in whole[1:])
     assert all((record["sft_fraction"] > 0) == (name in ("luffy", "srft")) for record in whole[1:])
     forget_last_step(tmp_path / "run")
-    train(tmp_path, *settings, "resume=auto")
+    assert "going on after step 2" in train(tmp_path, *settings, "resume=auto")
     assert toy.metrics(tmp_path / "run") == whole
 
 
@@ -83,7 +82,7 @@ def test_the_loss_scale_of_fp16_skips_a_step_and_goes_on_from_a_checkpoint(tmp_p
     assert [record["skipped"] for record in whole[1:]] == [0, 0, 1]
     assert [record["loss_scale"] for record in whole[1:]] == [2**19, 2**20, 2**19]
     forget_last_step(tmp_path / "run")
-    train(tmp_path, *settings, "resume=auto", precision="fp16")
+    assert "going on after step 2" in train(tmp_path, *settings, "resume=auto", precision="fp16")
     assert toy.metrics(tmp_path / "run") == whole
 
 

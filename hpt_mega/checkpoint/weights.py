@@ -159,7 +159,8 @@ class _Collector:
         self._layout = layout
         self._experts = experts.ranks() if shape.experts else None
         self._holds_experts = self._experts is not None and self._experts.first_copy
-        self.takes_part = layout.dp_rank == 0 or self._holds_experts
+        self._is_first_copy = layout.dp_rank == 0 == layout.cp_rank
+        self.takes_part = self._is_first_copy or self._holds_experts
         self._stage_of, self._blank = self._locate()
         compare(
             f"{family.name} table",
@@ -207,7 +208,7 @@ class _Collector:
 
     def _merge(self, entry: Entry) -> list[Tensor]:
         """On the stage's first rank the whole tensors, from its tensor-parallel ranks' parts."""
-        if self._layout.dp_rank != 0:
+        if not self._is_first_copy:
             return []
         part = self._mine[entry.megatron].detach().contiguous()
         shards = [torch.empty_like(part) for _ in range(self._layout.tp_size)]

@@ -68,8 +68,8 @@ class Decoding:
 
 
 def with_decoding(core: type) -> type:
-    """A plain causal core attention, ours or TE's, that can fill a cache too."""
-    return type(f"Decoding{core.__name__}", (Decoding, core), {})
+    """A plain causal core attention, ours or TE's, that can fill a cache too; one that can as it is."""
+    return core if issubclass(core, Decoding) else type(f"Decoding{core.__name__}", (Decoding, core), {})
 
 
 def hidden_slots(prompt_lengths_B: Tensor, slots: int, dtype: torch.dtype) -> Tensor:

@@ -57,7 +57,12 @@ class PolicyModel(GPTModel):
         self.chunks: tuple[PolicyModel, ...] = (self,)
 
     def _preprocess(
-        self, input_ids: Tensor, position_ids: Tensor, decoder_input: Tensor | None = None, **kwargs: Any
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        decoder_input: Tensor | None = None,
+        packed_seq_params: Any = None,
+        **kwargs: Any,
     ) -> tuple[Any, ...]:
         if self.pre_process:
             decoder_input = self.embedding(input_ids=input_ids, position_ids=position_ids)
@@ -65,7 +70,8 @@ class PolicyModel(GPTModel):
             if torch.is_grad_enabled() and not decoder_input.requires_grad:
                 decoder_input.requires_grad_()
         if self.config.multi_latent_attention:
-            _refuse_other_positions(position_ids)
+            if packed_seq_params is None:
+                _refuse_other_positions(position_ids)
             return decoder_input, None, None, None, None, None
         return decoder_input, self.rotary_angles(position_ids), None, None, None, None
 
@@ -90,20 +96,27 @@ class PolicyModel(GPTModel):
 
     @contextmanager
     def inference(self) -> Iterator[None]:
-        """Evaluation mode without what cannot take a few decoded positions: sequence parallelism splits
-        them, TE's FP8 products want multiples of 8."""
+        """Evaluation mode of all chunks, without what cannot take a few decoded positions: sequence
+        parallelism splits them, TE's FP8 products want multiples of 8."""
         sequence_parallel, training, fp8 = self.config.sequence_parallel, self.training, self.config.fp8
+        # without FP8 a TE module thinks that it has no history of scales to save
+        scaled = [m.fp8_meta for chunk in self.chunks for m in chunk.modules() if hasattr(m, "fp8_meta")]
+        saved = [meta["fp8_checkpoint"] for meta in scaled]
         self.config.fp8 = None
-        if sequence_parallel:
-            set_model_to_sequence_parallel(self, set_to=False)
-        self.eval()
+        for chunk in self.chunks:
+            if sequence_parallel:
+                set_model_to_sequence_parallel(chunk, set_to=False)
+            chunk.eval()
         try:
             yield
         finally:
-            if sequence_parallel:
-                set_model_to_sequence_parallel(self, set_to=True)
-            self.train(training)
+            for chunk in self.chunks:
+                if sequence_parallel:
+                    set_model_to_sequence_parallel(chunk, set_to=True)
+                chunk.train(training)
             self.config.fp8 = fp8
+            for meta, flag in zip(scaled, saved, strict=True):
+                meta["fp8_checkpoint"] = flag
 
     def attention_share(self) -> float:
         """Attention's work on a sequence of L tokens is this times L of the work of the layers' matrices.
@@ -149,7 +162,8 @@ class PolicyModel(GPTModel):
 
 
 def _refuse_other_positions(position_ids_BS: Tensor) -> None:
-    """Latent attention rotates inside its layers, by the place in the sequence; nothing reaches in there."""
+    """Latent attention rotates inside its layers, by the place in the sequence or in the segment of a packed
+    row; nothing else reaches in there."""
     if not (position_ids_BS == torch.arange(position_ids_BS.shape[1], device=position_ids_BS.device)).all():
         raise ValueError(
             "latent attention counts positions from the sequence's start; given were other position_ids"

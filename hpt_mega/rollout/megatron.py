@@ -8,7 +8,7 @@ travel; under tensor parallelism each rank decodes its heads and vocabulary rows
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from itertools import chain
@@ -74,9 +74,7 @@ class MegatronEngine:
         uniforms = uniform_draws(len(prompts) * sampling.n, sampling.max_new_tokens, sampling.seed)
         per_wave = max(1, self._max_sequences // sampling.n)
         results: list[list[Sample]] = []
-        with torch.no_grad(), ExitStack() as modes:
-            for chunk in self._model.chunks:
-                modes.enter_context(chunk.inference())
+        with torch.no_grad(), self._model.inference():
             for start in range(0, len(prompts), per_wave):
                 wave = [list(prompt) for prompt in prompts[start : start + per_wave]]
                 rows = slice(start * sampling.n, (start + len(wave)) * sampling.n)

@@ -58,6 +58,8 @@ class RunLog:
             if self._cfg.telemetry.prometheus_port:
                 self._loggers.append(PrometheusEndpoint(self._cfg.telemetry.prometheus_port))
             self._terminal.start()
+            if self._cfg.resume == "auto":
+                self._terminal.resumed(self._resume_step)
         return self
 
     def __exit__(

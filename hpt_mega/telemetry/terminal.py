@@ -45,6 +45,11 @@ class Terminal:
         self._bar.start()
         self._console.show_cursor(True)  # a killed process could not bring it back
 
+    def resumed(self, step: int | None) -> None:
+        """What `resume=auto` came to: the step whose checkpoint is gone on from, None where there is none."""
+        nothing = "no checkpoint to go on from: beginning anew"
+        self._print(nothing if step is None else f"going on after step {step}")
+
     def stop(self) -> None:
         if self._bar:
             self._bar.stop()

@@ -19,6 +19,7 @@ class Job:
 
     tp: int = 1
     pp: int = 1
+    cp: int = 1  # copies: their context is not cut
     vpp: int | None = None
     ep: int = 1
     etp: int | None = None
@@ -26,11 +27,12 @@ class Job:
 
     @property
     def world_size(self) -> int:
-        return self.pp * max(self.tp, self.ep * (self.etp or self.tp))
+        return self.pp * max(self.tp * self.cp, self.ep * (self.etp or self.tp))
 
     def __str__(self) -> str:
         uneven = f"first{self.first_stage}" if self.first_stage else ""
-        return f"tp{self.tp}pp{self.pp}vpp{self.vpp or 1}ep{self.ep}etp{self.etp or self.tp}{uneven}"
+        experts = f"ep{self.ep}etp{self.etp or self.tp}"
+        return f"tp{self.tp}pp{self.pp}cp{self.cp}vpp{self.vpp or 1}{experts}{uneven}"
 
 
 def start(job: Job) -> Any:
@@ -47,6 +49,7 @@ def start(job: Job) -> Any:
     ps.initialize_model_parallel(
         tensor_model_parallel_size=job.tp,
         pipeline_model_parallel_size=job.pp,
+        context_parallel_size=job.cp,
         virtual_pipeline_model_parallel_size=job.vpp,
         expert_model_parallel_size=job.ep,
         expert_tensor_parallel_size=job.etp,
@@ -64,8 +67,8 @@ def start(job: Job) -> Any:
         tp_group=ps.get_tensor_model_parallel_group(),
         pp_group=ps.get_pipeline_model_parallel_group(),
         dp_group=ps.get_data_parallel_group(),
-        cp_rank=0,
-        cp_size=1,
+        cp_rank=ps.get_context_parallel_rank(),
+        cp_size=job.cp,
         cp_group=ps.get_context_parallel_group(),
         replica_group=ps.get_model_parallel_group(),
     )

@@ -39,6 +39,36 @@ def load_and_export(job: Job, names: tuple[str, ...], models: Path, out: Path) -
     return computed
 
 
+def packed_and_alone(folder: Path) -> list[tuple[Tensor, Tensor]]:
+    """Hidden states of two sequences in a packed row, and of each by itself."""
+    from hpt_mega.megatron.attention import PackedRow
+
+    layout = start(Job())
+    checkpoint = HFCheckpoint(folder)
+    family = family_for(checkpoint.config)
+    shape = family.read_shape(checkpoint.config)
+    (chunk,) = build_chunks(shape, Job())
+    load_hf(chunk, checkpoint, family, shape, layout)
+    sequences = [torch.arange(2, 9)[None], torch.arange(5, 16)[None]]
+    places = [torch.arange(tokens.shape[1])[None] for tokens in sequences]
+    bounds = torch.tensor([0, 7, 18], dtype=torch.int32)
+    given = {"cu_seqlens_q": bounds, "cu_seqlens_kv": bounds, "max_seqlen_q": 11, "max_seqlen_kv": 11}
+    row = PackedRow(qkv_format="thd", prompts=[0, 1], **given)
+    with torch.no_grad():
+        packed = chunk(torch.cat(sequences, 1), torch.cat(places, 1), None, packed_seq_params=row)
+        alone = [chunk(tokens, at, None) for tokens, at in zip(sequences, places, strict=True)]
+    return list(zip(packed.split([7, 11]), alone, strict=True))
+
+
+@pytest.mark.parametrize("name", ["deepseek_v3", "deepseek_v3_yarn"])
+def test_latent_attention_counts_positions_from_the_start_of_each_packed_sequence(
+    name: str, models: tuple[Path, dict[str, Tensor]], tmp_path: Path
+) -> None:
+    (found,) = run_ranks(packed_and_alone, 1, tmp_path, models[0] / name)
+    for packed, alone in found:
+        assert (packed - alone).abs().max() < 1e-5 * alone.abs().max()
+
+
 def load_with_further_token_layer(folder: Path) -> dict[str, Tensor]:
     layout = start(Job())
     checkpoint = HFCheckpoint(folder)
@@ -92,6 +122,8 @@ SPREAD = [
     (Job(ep=2, tp=4, etp=1), ("qwen3_moe",)),  # two copies of the experts within one replica
     (Job(pp=3, ep=2), MIXTURES),
     (Job(pp=2, vpp=2), ("llama_4_layers",)),
+    (Job(pp=2, cp=2), ("llama_4_layers",)),
+    (Job(pp=3, cp=2, ep=2), ("qwen3_moe",)),
 ]
 
 

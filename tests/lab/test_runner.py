@@ -105,6 +105,7 @@ def test_a_lab_is_done_once_and_what_a_kill_interrupted_goes_on_with_the_same_nu
     worker.do(job)
     worker.close()
     assert job.is_done
+    assert "going on after step 4" in (job.run_dir / "logs" / "lab.log").read_text()
     assert metrics(job.run_dir) == metrics(tmp_path / "whole" / "llama_1m" / "hpt" / "7")
 
 

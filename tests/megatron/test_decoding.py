@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -14,9 +16,11 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from hpt_mega.config import Fp8Config, ParallelConfig, PrecisionConfig
 from hpt_mega.lab import models
 from hpt_mega.megatron.attention import CoreAttention, causal_attention
-from hpt_mega.megatron.decoding import KVCache, hidden_slots, with_decoding
+from hpt_mega.megatron.decoding import Decoding, KVCache, hidden_slots, with_decoding
+from tests.checkpoint.jobs import Job, start
 from tests.megatron.tiny import Policy, build_policy, config, leave_job, save_mixture, save_uneven
 from tests.ranks import run_ranks
+from tests.resharding.test_fusion import SHAPE
 
 PROMPTS = ((3, 4, 5), (6, 7, 8, 9, 10, 11, 12), (2,))
 NEW_TOKENS = 9
@@ -91,6 +95,35 @@ def test_in_low_precision_they_differ_by_its_round_off(precision: str, bound: fl
     ((_, mean),) = run_ranks(gaps, 1, tmp_path, save(tmp_path / "model", "qwen2"), precision)
     print(f"{precision}: mean log-prob difference {mean:.1e}")
     assert mean < bound
+
+
+def attention_of_shared_spec() -> list[tuple[str, bool]]:
+    """The layers' core attentions, and whether each is lent a cache, where a GPU seems to be here.
+
+    megatron-core's own layers stand in for TE's: both are one spec for all layers.
+    """
+    from hpt_mega.megatron import model
+
+    make = model.get_gpt_decoder_block_spec
+    layout = start(Job())
+    config = model.transformer_config(replace(SHAPE, num_layers=3), ParallelConfig(1, 1, 1), torch.bfloat16)
+    with (
+        mock.patch.object(torch.cuda, "is_available", return_value=True),
+        mock.patch.object(
+            model,
+            "get_gpt_decoder_block_spec",
+            lambda *given, **named: make(*given, **named | {"use_transformer_engine": False}),
+        ),
+    ):
+        layers = model.block_spec(config).layer_specs
+    assert layout.world_size == 1 and layers[0] is layers[2]
+    cores = [layer.submodules.self_attention.submodules.core_attention for layer in layers]
+    return [(core.__name__, issubclass(core, Decoding)) for core in cores]
+
+
+def test_layers_that_share_a_spec_get_the_cache_once(tmp_path: Path) -> None:
+    (found,) = run_ranks(attention_of_shared_spec, 1, tmp_path)
+    assert found == [("DecodingDotProductAttention", True)] * 3
 
 
 def test_a_prompt_fills_the_cache_lent_to_its_attention() -> None:

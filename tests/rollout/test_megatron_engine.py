@@ -34,7 +34,7 @@ LAYOUTS = {
     "pp2": ParallelConfig(1, 2, 1),
     "tp3": ParallelConfig(3, 1, 1),
     "pp3": ParallelConfig(1, 3, 1),
-    "pp2 interleaved": ParallelConfig(1, 2, 1, vpp=3),
+    "tp2 pp2 interleaved": ParallelConfig(2, 2, 1, vpp=3, sequence_parallel=True),
     "pp2 uneven": ParallelConfig(1, 2, 1, stage_layers=[4, 2]),
     "cp2": ParallelConfig(1, 1, 1, cp=2),
 }

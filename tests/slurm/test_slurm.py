@@ -125,7 +125,8 @@ def test_a_signalled_job_saves_requeues_and_ends_with_the_same_metrics(cluster: 
     output = cluster.wait_for_end(job, "signalled")
     assert "Restarts=1" in cluster.run("scontrol", "--oneliner", "show", "job", job)
     assert "done:" in output
-    assert "stopped at step" in (cluster.folder / "signalled/logs/rank0.log").read_text()
+    log = (cluster.folder / "signalled/logs/rank0.log").read_text()
+    assert "stopped at step" in log and "going on after step" in log
     assert metrics(cluster.folder / "signalled") == metrics(whole)
 
 
@@ -150,6 +151,7 @@ def test_a_job_whose_node_is_lost_goes_on_elsewhere_with_the_same_metrics(
         cluster.run("slurmd", "-f", str(cluster.folder / "slurm.conf"), "-N", name)  # for the next test
     assert "Restarts=1" in cluster.run("scontrol", "--oneliner", "show", "job", job)
     assert "done:" in output
+    assert "going on after step 3" in (cluster.folder / "lost/logs/rank0.log").read_text()
     assert metrics(cluster.folder / "lost") == metrics(whole)
 
 
