@@ -61,6 +61,10 @@ def test_the_default_config_and_every_algorithm_are_accepted(model_folder: MakeM
         (("precision=fp8_delayed", "precision.fp8.first_layers=1"), "delayed scaling spans all layers"),
         (("precision=fp8_blockwise", "precision.fp8.last_layers=16"), "takes 0 to 15"),
         (("precision=fp8_blockwise", "precision.fp8.param_gather=true"), "distributed_optimizer=true"),
+        (
+            ("precision=fp8_blockwise", "precision.fp8.param_gather=true", "rollout=vllm"),
+            "neither servers nor exports",
+        ),
         (("precision.fp8.first_layers=1",), "settings and no recipe"),
         (("resume=yes",), "expected never or auto"),
         (("rollout.top_p=1.5",), "rollout.top_p is 1.5, expected at most 1"),

@@ -108,6 +108,8 @@ def initialize(cfg: Config) -> Layout:
     cpu.install()
     if cfg.trainer.deterministic:
         repeat_exactly()
+    if cfg.precision.dtype == "fp32":  # Transformer Engine asks for TF32 in products of fp32
+        os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     backend = "nccl" if torch.cuda.is_available() else "gloo"

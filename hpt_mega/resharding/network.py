@@ -5,6 +5,7 @@ How a replica's pieces come into the leader's buckets is gather.py's business.
 
 from __future__ import annotations
 
+import os
 import socket
 import time
 from collections.abc import Callable
@@ -78,6 +79,8 @@ class BroadcastGroup:
         except RuntimeError as error:
             raise TransferError(f"no port for group {name} at {host}: {error}") from None
         meeting = Meeting(host, store.port, world_size, name, backend, deadline_s)
+        if backend == "nccl":  # the current device is a thread's own, and this may be another than training's
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         with ThreadPoolExecutor(1) as pool:
             answer = pool.submit(invite, meeting)
             try:

@@ -29,6 +29,8 @@ GRACE_S = 5.0  # between SIGTERM and SIGKILL, and for what removes shared memory
 KEEP_MEMORY = {
     "GLIBC_TUNABLES": "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184:glibc.malloc.hugetlb=1"
 }
+# What torchrun tells a rank of its job. A server is none, and would wait for the job's store.
+_OF_A_RANK = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_")
 
 
 class OwnedProcess:
@@ -40,7 +42,7 @@ class OwnedProcess:
         try:
             self._guard = subprocess.Popen(
                 [sys.executable, __file__, *command],
-                env=os.environ | dict(environment),
+                env=_without_rank(os.environ) | dict(environment),
                 stdin=subprocess.PIPE,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -66,6 +68,10 @@ class OwnedProcess:
             self._guard.kill()
             self._guard.wait()
         _kill_session(self._guard.pid)  # what a guard that was killed has left
+
+
+def _without_rank(environment: Mapping[str, str]) -> dict[str, str]:
+    return {name: value for name, value in environment.items() if not name.startswith(_OF_A_RANK)}
 
 
 def die_with_parent() -> None:

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
+import torch
+
 from hpt_mega.megatron.runtime import Layout
 from hpt_mega.rollout.dispatch import Fleet, Intake
 from hpt_mega.rollout.engine import Collect, EngineError, Sample, SamplingParams
@@ -80,6 +82,8 @@ class ServedEngine:
     def update_weights(self, policy_version: int) -> dict[str, float]:
         """Send the trainer's weights and check that they are served; the whole job calls it together."""
         self._expected = [logp for text in self._probe.trainer_logp() for logp in text]
+        if self._sleeps:
+            torch.cuda.empty_cache()  # what training has taken and no longer uses is the servers' again
         began = time.perf_counter()
         sent_s, gaps = self._bring(policy_version)
         return {

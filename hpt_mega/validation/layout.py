@@ -32,6 +32,14 @@ def tensor(cfg: Config, shape: Mapping[str, Any], on_gpu: bool) -> Iterator[str]
             f"parallel.cp is {parallel.cp} and precision.dtype fp32; Transformer Engine's attention shares a "
             "context over GPUs in bf16 and fp16 only, choose one of these or set cp to 1"
         )
+    if parallel.cp > 1 and on_gpu and shape.get("sliding_window") and shape.get("model_type") in _WINDOWED:
+        yield (
+            f"parallel.cp is {parallel.cp} and the model has a sliding window; Transformer Engine's "
+            "attention does not share such a context over GPUs as it is called here, set cp to 1"
+        )
+
+
+_WINDOWED = ("mistral", "mixtral")  # families whose sliding_window is in use wherever it is given
 
 
 def pipeline(cfg: Config, shape: Mapping[str, Any]) -> Iterator[str]:

@@ -24,6 +24,11 @@ def offload(cfg: Config, on_gpu: bool) -> Iterator[str]:
             f"optimizer.cpu_offload is {share}, which megatron-core has in its distributed optimizer only; "
             "set parallel.distributed_optimizer=true"
         )
+    elif share and cfg.trainer.checkpoint_format == "fully_reshardable":
+        yield (
+            f"optimizer.cpu_offload is {share} and trainer.checkpoint_format 'fully_reshardable'; "
+            "megatron-core writes classes into such a checkpoint and refuses to read them, set dp_reshardable"
+        )
 
 
 def parameters(cfg: Config, shape: Mapping[str, Any], on_gpu: bool) -> Iterator[str]:

@@ -50,6 +50,13 @@ def _fp8_recipe(cfg: Config, on_gpu: bool) -> Iterator[str]:
         yield f"{key}.param_gather is the distributed optimizer's; set parallel.distributed_optimizer=true"
     if fp8.param_gather and fp8.recipe == "mxfp8":
         yield f"{key}.param_gather with mxfp8 needs a shared gradient buffer, not wired here; set it to false"
+    is_sent = cfg.rollout.engine != "megatron" or cfg.trainer.export_hf
+    if fp8.param_gather and (is_sent or cfg.parallel.tp > 1):
+        yield (
+            f"{key}.param_gather keeps weights in FP8, which neither servers nor exports are given here and "
+            "whose gradients' norm tensor parallelism would count once; set it to false, or parallel.tp=1, "
+            "rollout=megatron and trainer.export_hf=false"
+        )
     trusted = os.environ.get(_TE_TRUST) == "1"
     if fp8.recipe == "delayed" and cfg.resume == "auto" and on_gpu and not trusted:
         yield (

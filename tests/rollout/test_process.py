@@ -57,6 +57,19 @@ def test_close_ends_a_server_and_its_children(manner: str, tmp_path: Path) -> No
     assert eventually(lambda: not any(runs(pid) for pid in found))
 
 
+def test_a_server_is_told_nothing_of_the_rank_that_starts_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "TORCHELASTIC_USE_AGENT_STORE"):
+        monkeypatch.setenv(name, "1")
+    command = [sys.executable, "-c", "import os; print(*sorted(os.environ), flush=True)"]
+    server = OwnedProcess(command, {"KEY": "value"}, tmp_path / "log")
+    assert eventually(lambda: server.ended() != "")
+    names = (tmp_path / "log").read_text().split()
+    assert "KEY" in names and "PATH" in names
+    assert not [name for name in names if "RANK" in name or name.startswith(("MASTER", "TORCHEL", "WORLD"))]
+
+
 def test_a_server_ends_when_we_are_killed(tmp_path: Path) -> None:
     log = str(tmp_path / "log")
     ours = (

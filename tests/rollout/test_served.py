@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+import torch
 
 from hpt_mega.resharding.planner import Plan
 from hpt_mega.rollout.dispatch import Fleet, Intake
@@ -217,7 +218,11 @@ def test_weights_are_updated_while_samples_are_drawn() -> None:
         assert collect() == answers(1, 1)
 
 
-def test_servers_that_sleep_serve_again_with_new_weights_and_none_starts_meanwhile() -> None:
+def test_servers_that_sleep_serve_again_with_new_weights_and_none_starts_meanwhile(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    given_back: list[int] = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: given_back.append(1))
     well, stubborn = Server(), Server(sleep=["break"])
     with engine_of(well, stubborn, sleeps=True) as (engine, sync):
         engine.generate([(1,), (2,)], SAMPLING)
@@ -227,7 +232,9 @@ def test_servers_that_sleep_serve_again_with_new_weights_and_none_starts_meanwhi
             time.sleep(0.01)
         time.sleep(2 * LIMITS.backoff_s)
         assert (well.running, stubborn.running, stubborn.starts) == (True, False, 1)
+        before = len(given_back)
         engine.update_weights(1)
+        assert len(given_back) == before + 1
         assert sync.sent[-1][0] == 1
         assert engine.generate([(1,), (2,)], SAMPLING) == answers(1, 1, 2)
         engine.submit([(3,)], SAMPLING)
