@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from hpt_mega.config import compose
+from hpt_mega.config import compose, load
 from hpt_mega.validation import validate
 from tests.toy import save_toy, settings
 
@@ -52,6 +53,18 @@ def test_own_task_trains_on_its_own_files_and_reward(tmp_path: Path) -> None:
     assert all("How many" in sample["question"] for sample in samples) and len(samples) > 1
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["steps"] == 1 and summary["final_accuracy"] is not None
+    assert load(tmp_path / "run" / "config.yaml").reward.kind == "units.near"
+
+
+@pytest.mark.parametrize(
+    ("response", "reward"),
+    [(r"\boxed{200}", 1), (r"\boxed{1} then \boxed{201}", 1), (r"\boxed{210}", 0), ("200", 0)],
+)
+def test_own_task_s_reward_lets_pass_what_is_within_a_percent(
+    response: str, reward: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(EXAMPLES / "own_task")
+    assert importlib.import_module("units").near(response, "200")[0] == reward
 
 
 def test_smollm2_gsm_gives_three_algorithms_the_same_questions_and_steps(tmp_path: Path) -> None:

@@ -230,9 +230,12 @@ def test_killed_at_any_parameter_nothing_half_done_is_seen_and_the_next_run_goes
         def progress(done: int, total: int) -> None:
             if next(steps, None) is None:
                 # what a kill leaves beyond the last step in the journal
-                for path in (damage.out.parent if what == "megatron" else tmp_path).glob(
-                    ".*.partial/**/*.distcp"
-                ):
+                home, kind = (
+                    (damage.out.parent, "distcp") if what == "megatron" else (tmp_path, "safetensors")
+                )
+                begun = [*home.glob(f".*.partial/**/*.{kind}")]
+                assert begun
+                for path in begun:
                     with path.open("ab") as file:
                         file.write(b"half a tensor")
                 raise Killed

@@ -21,7 +21,7 @@ from hpt_mega.lab.config import DataSets, LabConfig
 from hpt_mega.lab.exercises import Portion
 from hpt_mega.lab.grid import Job, Run, base_models, prepare, reuse, runs
 from hpt_mega.lab.runner import JobError, Worker, execute, lock
-from hpt_mega.telemetry.runs import Counts, find
+from hpt_mega.telemetry.runs import COUNTS, Counts, find
 
 STEPS = 6
 CFG = LabConfig(
@@ -82,9 +82,16 @@ def test_a_lab_is_done_once_and_what_a_kill_interrupted_goes_on_with_the_same_nu
     assert not list((tmp_path / "whole").rglob("*.safetensors"))  # models of finished runs are not kept
 
     before = stamps(tmp_path)
-    monkeypatch.setattr(Worker, "do", lambda self, job: pytest.fail(f"{job.command} was done again"))
+    done: list[Job] = []
+    monkeypatch.setattr(Worker, "do", lambda self, job: done.append(job))
     assert execute(grid, 1, 120) == []
-    assert stamps(tmp_path) == before
+    assert stamps(tmp_path) == before and done == []
+    counts = grid[0].jobs[-1].run_dir / COUNTS
+    kept = counts.read_bytes()
+    counts.unlink()
+    execute(grid, 1, 120)
+    assert done == [grid[0].jobs[-1]]  # its training is not done again
+    counts.write_bytes(kept)
     monkeypatch.undo()
 
     variants = {"switch": CFG.methods["hpt"], "soft": [["algorithm=hpt", "gate=soft"]]}

@@ -16,7 +16,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from hpt_mega.config import Fp8Config, ParallelConfig, PrecisionConfig
 from hpt_mega.lab import models
 from hpt_mega.megatron.attention import CoreAttention, causal_attention
-from hpt_mega.megatron.decoding import Decoding, KVCache, hidden_slots, with_decoding
+from hpt_mega.megatron.decoding import Decoding, KVCache, _is_plain, hidden_slots, with_decoding
 from tests.checkpoint.jobs import Job, start
 from tests.megatron.tiny import Policy, build_policy, config, leave_job, save_mixture, save_uneven
 from tests.ranks import run_ranks
@@ -51,6 +51,8 @@ def gaps(folder: Path, precision: str) -> tuple[float, float]:
 
     With one thread and with two, for which some products are made differently.
     """
+    from megatron.core.tensor_parallel import ColumnParallelLinear
+
     from hpt_mega.rollout.engine import SamplingParams
     from hpt_mega.rollout.megatron import MegatronEngine
 
@@ -59,6 +61,8 @@ def gaps(folder: Path, precision: str) -> tuple[float, float]:
     policy = build_policy(folder, cfg, train=False)
     size = policy.shape.vocab_size
     engine = MegatronEngine(policy.model, policy.layout, vocab_size=size, max_sequences=16)
+    products = [m for m in policy.model.decoder.modules() if isinstance(m, ColumnParallelLinear)]
+    assert all(_is_plain(product) == (precision != "fp8") for product in products) and products
     found: list[Tensor] = []
     for threads in (1, 2):
         torch.set_num_threads(threads)

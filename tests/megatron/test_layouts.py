@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from hpt_mega.config import ParallelConfig
 from hpt_mega.trajectory import Source, Trajectory
 from tests.megatron.tiny import (
     VOCABULARY,
+    Policy,
     build_policy,
     config,
     leave_job,
@@ -257,11 +259,14 @@ def megatron_gradients(cases: Sequence[Case], folders: dict[str, Path]) -> dict[
             )
             for part in plan
         ]
+        calls = count_calls(policy)
         zero_gradients(policy.wrapped, policy.optimizer)
         objective = Objective(estimator, float(LENGTH * len(everything)), TEMPERATURE, VOCABULARY)
         metrics = forward_backward(policy.wrapped, microbatches, objective, policy.layout)
         norm = update(policy.optimizer) if not case.distributed_optimizer else None
         results[str(case)] = {"metrics": metrics, "norm": norm, "plan": [len(part) for part in plan]}
+        results[str(case)]["calls"] = {name: count / len(plan) for name, count in calls.items()}
+        results[str(case)]["overlaps"] = policy.wrapped.ddp_config.overlap_grad_reduce
         # clipping scales main_grad in place: undo it
         gradients = policy.gradients()
         if norm is None:
@@ -305,6 +310,15 @@ def ranks_of(
     return find
 
 
+def count_calls(policy: Policy) -> Counter[str]:
+    """How often a layer and its attention are computed from now on."""
+    calls = Counter[str]()
+    layer = policy.model.decoder.layers[0]
+    layer.register_forward_hook(lambda *_: calls.update(["layer"]))
+    layer.self_attention.core_attention.register_forward_hook(lambda *_: calls.update(["attention"]))
+    return calls
+
+
 def largest_difference(ranks: list[dict[str, Any]], expected: Reference) -> float:
     """Over all ranks and parameters; every parameter must be found somewhere."""
     found = [(name, g) for rank in ranks for name, g in rank["gradients"].items()]
@@ -330,6 +344,18 @@ def test_loss_gradient_and_its_norm_are_those_of_transformers_in_every_layout(
     case: Case, ranks_of: Any, references: dict[str, Reference]
 ) -> None:
     check(case, ranks_of(case), references[case.model])
+
+
+TWICE = {"none": (), "selective": ("attention",), "full": ("layer", "attention")}
+
+
+@pytest.mark.parametrize("case", LAYOUTS, ids=str)
+def test_what_is_to_be_recomputed_is_computed_twice_and_gradients_overlap_where_asked(
+    case: Case, ranks_of: Any
+) -> None:
+    for rank in ranks_of(case):
+        assert rank["calls"] == {part: 2 if part in TWICE[case.recompute] else 1 for part in TWICE["full"]}
+        assert rank["overlaps"] == case.overlap
 
 
 @pytest.mark.parametrize("case", SPLITS, ids=str)

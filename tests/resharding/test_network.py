@@ -70,7 +70,6 @@ def test_all_workers_of_an_engine_get_each_bucket() -> None:
 def test_a_worker_that_takes_no_bucket_holds_the_leader_up_no_longer_than_the_deadline(how: str) -> None:
     answer: Future[None] = Future()
     large = torch.zeros(1 << 26, dtype=torch.uint8)  # more than the sockets hold
-    began = time.monotonic()
     with leader_of(1, deadline_s=2.0) as (group, (worker,)):
         if how == "dies":
             worker.close()
@@ -81,9 +80,10 @@ def test_a_worker_that_takes_no_bucket_holds_the_leader_up_no_longer_than_the_de
             "hangs": r"its 1 others did not take a bucket within 2 s",
             "refuses": "bucket 0 arrived damaged",
         }[how]
+        began = time.monotonic()
         with pytest.raises(TransferError, match=wanted):
             group.send(large, answer)
-    assert time.monotonic() - began < 30.0
+        assert time.monotonic() - began < 12.0  # and not the 600 s of torch
 
 
 def test_ranks_that_do_not_meet_say_who_waited_for_whom() -> None:

@@ -107,6 +107,7 @@ def test_workers_end_when_the_process_that_started_them_is_killed() -> None:
     parent = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
     assert parent.stdout is not None
     pids = [int(pid) for pid in parent.stdout.readline().split()]
+    assert len(pids) == 2
     parent.kill()
     parent.wait()
     give_up = time.monotonic() + 30

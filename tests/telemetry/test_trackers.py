@@ -37,6 +37,11 @@ def test_a_tracker_leaves_its_files_in_the_run_folder(name: str, tmp_path: Path)
     logger.log(3, NUMBERS)
     logger.close()
     assert any(path.is_file() and path.stat().st_size for path in tmp_path.rglob("*"))
+    if name == "tensorboard":
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+        events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+        assert [(event.step, event.value) for event in events.Scalars("reward")] == [(3, 0.25)]
     if name == "mlflow":
         import mlflow
 
