@@ -166,10 +166,10 @@ class HFWriter:
         self._slots: dict[str, Slot] = {}
         self._files: dict[str, BinaryIO] = {}
         for file in dict.fromkeys(weight_map.values()):
-            header, slots = header_of(
-                {n: tensors[n] for n, its_file in weight_map.items() if its_file == file}
-            )
-            self._files[file] = self._open(folder / file, header)
+            its = {name: tensors[name] for name, its_file in weight_map.items() if its_file == file}
+            header, slots = header_of(its)
+            size = len(header) + sum(spec.nbytes for spec in its.values())
+            self._files[file] = self._open(folder / file, header, size)
             self._slots |= slots
 
     def __enter__(self) -> HFWriter:
@@ -199,8 +199,9 @@ class HFWriter:
             (self._folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
     @staticmethod
-    def _open(path: Path, header: bytes) -> BinaryIO:
+    def _open(path: Path, header: bytes, size: int) -> BinaryIO:
         file = open(path, "r+b" if path.exists() else "w+b", buffering=0)  # noqa: SIM115
+        os.ftruncate(file.fileno(), size)  # whatever an earlier attempt has left
         os.pwrite(file.fileno(), header, 0)
         return file
 
