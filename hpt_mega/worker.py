@@ -49,7 +49,7 @@ from hpt_mega.telemetry.trace import Trace  # noqa: E402
 from hpt_mega.trainer import Trainer  # noqa: E402
 from hpt_mega.trajectory import Question, Source, Trajectory  # noqa: E402
 
-PROBE_TEXTS = 2  # demonstrations that trainer and servers both score after every update
+PROBE_TEXTS = 2  # texts that trainer and servers both score after every update
 PROBE_BOUND = {"bf16": 0.15, "fp16": 0.05, "fp32": 1e-3}  # mean gap of their log-probabilities
 
 
@@ -73,6 +73,7 @@ def train(cfg: Config, layout: Layout, timer: PhaseTimer, interruption: Interrup
         timer.trace = Trace(run_dir / "logs" / f"trace_rank{layout.rank}.json", layout.rank)
     store = CheckpointStore(run_dir, cfg.trainer.keep_checkpoints, cfg.trainer.deadline_s)
     resume_step = store.latest_whole() if cfg.resume == "auto" else None
+    store.set_aside(after=-1 if resume_step is None else resume_step)
     with RunLog(cfg, layout, resume_step) as log:
         trainer = build_trainer(cfg, layout, store, log, timer, interruption)
         try:
@@ -161,10 +162,7 @@ def build_engine(
     model = learner.policy.module
     if rollout.engine == "megatron":
         return MegatronEngine(model, layout, vocab_size=shape.vocab_size, max_sequences=rollout.max_sequences)
-    texts = [
-        Trajectory(q.prompt_tokens, q.demonstration_tokens, index, Source.OFFLINE, 0)
-        for index, q in enumerate(questions[:PROBE_TEXTS])
-    ]
+    texts = [_probe_text(q, i, rollout.max_new_tokens) for i, q in enumerate(questions[:PROBE_TEXTS])]
     sync = WeightSync(model, family, shape, layout, rollout.server.bucket_mib << 20)
     engine = ServedEngine(
         build_fleet(cfg, layout, sync) if layout.is_leader else None,
@@ -179,6 +177,15 @@ def build_engine(
     )
     engine.update_weights(policy_version=0)
     return engine
+
+
+def _probe_text(question: Question, index: int, longest: int) -> Trajectory:
+    """The question's demonstration, as far as servers take it; without one the second half of its prompt."""
+    prompt, response = question.prompt_tokens, question.demonstration_tokens[:longest]
+    if not response:
+        half = len(prompt) // 2
+        prompt, response = prompt[:half], prompt[half:][:longest]
+    return Trajectory(prompt, response, index, Source.OFFLINE, 0)
 
 
 def build_learner(cfg: Config, layout: Layout, model: PolicyModel, shape: ModelShape) -> Learner:

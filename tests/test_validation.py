@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpt_mega.config import ConfigError, compose
+from hpt_mega.config import ConfigError, compose, save
 from hpt_mega.objective import rows
 from hpt_mega.validation import validate
 from hpt_mega.validation.layout import divisors
@@ -67,6 +67,7 @@ def test_the_default_config_and_every_algorithm_are_accepted(model_folder: MakeM
         ),
         (("precision.fp8.first_layers=1",), "settings and no recipe"),
         (("resume=yes",), "expected never or auto"),
+        (("data.keep_solved=0.5", "rollout=vllm", "rollout.staleness=1"), "set staleness 0"),
         (("rollout.top_p=1.5",), "rollout.top_p is 1.5, expected at most 1"),
         (("optimizer.lr=0",), "optimizer.lr is 0.0, expected above 0"),
         (("optimizer.lr=nan",), "optimizer.lr is nan, expected above 0"),
@@ -104,6 +105,17 @@ def test_widths_that_an_fp8_recipe_cannot_take_are_named(model_folder: MakeModel
     assert problems(*given, "precision=fp8_tensorwise") == ""
     assert "multiples of 32 and the model's hidden_size is 592" in problems(*given, "precision=fp8_mxfp8")
     assert "intermediate_size / tp is 170.667" in problems(*given, "precision=fp8_delayed", "parallel.tp=9")
+
+
+def test_a_finished_run_is_not_taken_for_one_of_other_settings(
+    model_folder: MakeModel, tmp_path: Path
+) -> None:
+    given = (f"model.path={model_folder()}", f"run_dir={tmp_path}", "resume=auto")
+    save(compose([*given, "optimizer.lr=1e-4"]), tmp_path / "config.yaml")
+    (tmp_path / "summary.json").write_text("{}")
+    assert problems(*given, "optimizer.lr=1e-4") == ""
+    assert "optimizer.lr was 0.0001, is 2e-05); choose another run_dir" in problems(*given)
+    assert problems(*given, "trainer.steps=1000") == ""  # it goes on
 
 
 def test_resuming_delayed_scaling_on_a_gpu_asks_for_trust_in_the_checkpoint(

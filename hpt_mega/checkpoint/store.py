@@ -124,13 +124,21 @@ class CheckpointStore:
             self._give_up(step, failure)
 
     def prune(self, keep: int) -> list[int]:
-        """Remove all but the newest `keep`, and what kills have left; returns the steps removed."""
+        """Remove all but the newest `keep`; returns the steps removed."""
         removed = self.steps()[:-keep]
         for step in removed:
             shutil.rmtree(self.path(step))
-        for leftover in self._root.glob("*.partial"):
-            shutil.rmtree(leftover)
         return removed
+
+    def set_aside(self, after: int) -> None:
+        """Rename checkpoints of later steps than `after`, on rank 0: damaged ones, or another run's, which
+        would count as newer than those to come."""
+        if dist.get_rank() == 0:
+            for step in [step for step in self.steps() if step > after]:
+                aside = self.path(step).with_suffix(".aside")
+                shutil.rmtree(aside, ignore_errors=True)
+                self.path(step).rename(aside)
+                print(f"checkpoint {self.path(step)} is {aside.name} now", flush=True)
 
     def _partial(self, step: int) -> Path:
         return self.path(step).with_suffix(".partial")
@@ -144,6 +152,8 @@ class CheckpointStore:
             shutil.rmtree(self.path(step), ignore_errors=True)
             partial.rename(self.path(step))
             self.prune(self._keep)
+            for leftover in self._root.glob("*.partial"):  # by kills
+                shutil.rmtree(leftover)
         except OSError as error:
             return str(error)
         return ""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import random
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
@@ -150,11 +150,15 @@ def _stored(
 def _read(
     source: str, columns: ColumnsConfig, wanted: int, config: DataConfig, tokenizer: PreTrainedTokenizerBase
 ) -> Sequence[Question]:
-    """The first `wanted` distinct questions of a file or dataset whose prompts are short enough."""
+    """The first `wanted` distinct questions of a file or dataset whose prompts are short enough.
+
+    Their responses are cut as those of a prepared folder are.
+    """
     if is_prepared(source):
         return _stored(Path(source), wanted, config, tokenizer)
     questions: dict[str, Question] = {}
-    long_prompts = 0
+    long_prompts = cut = 0
+    limit = config.max_demonstration_tokens
     stem = Path(source).stem
     for number, record in enumerate(read_records(source, columns)):
         if len(questions) == wanted:
@@ -166,10 +170,18 @@ def _read(
         question = _question(f"{stem}-{number}", record.task or stem, texts, config, tokenizer)
         if len(question.prompt_tokens) > config.max_prompt_tokens:
             long_prompts += 1
-        else:
-            questions.setdefault(normalised(question.prompt), question)
+            continue
+        cut += len(question.demonstration_tokens) > limit
+        question = replace(
+            question,
+            demonstration_tokens=question.demonstration_tokens[:limit],
+            rejected_tokens=question.rejected_tokens[:limit],
+        )
+        questions.setdefault(normalised(question.prompt), question)
     if long_prompts:
         print(f"data: {source}: dropped {long_prompts} prompts above {config.max_prompt_tokens} tokens")
+    if cut:
+        print(f"data: {source}: cut {cut} demonstrations to {limit} tokens")
     if len(questions) < wanted:
         raise ValueError(
             f"{source} has {len(questions)} distinct usable questions, {wanted} are wanted; lower "

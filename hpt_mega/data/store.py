@@ -75,7 +75,8 @@ class StoredQuestions(Sequence[Question]):
     def __init__(self, folder: Path) -> None:
         self.manifest = read_manifest(folder)
         self.file = TokenFile(folder / TOKENS)
-        self._texts = [json.loads(line) for line in (folder / TEXTS).read_text("utf-8").splitlines()]
+        with (folder / TEXTS).open(encoding="utf-8") as lines:  # str.splitlines would part at U+2028 too
+            self._texts = [json.loads(line) for line in lines]
         if len(self.file) != PARTS * len(self._texts):
             raise ValueError(
                 f"{folder}: {len(self._texts)} questions and {len(self.file)} sequences; expected {PARTS} "

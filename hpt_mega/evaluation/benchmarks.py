@@ -21,6 +21,7 @@ from hpt_mega.data.files import HUB, LETTERS, Record, is_data, read_records
 from hpt_mega.data.overlap import WORDS, OverlapIndex
 from hpt_mega.data.templates import render
 from hpt_mega.evaluation.config import EvalConfig
+from hpt_mega.rewards.function import is_dotted, load_function
 from hpt_mega.rewards.pool import KINDS, is_kind
 from hpt_mega.trajectory import Question
 
@@ -145,6 +146,11 @@ def _kind(kind: str, records: list[Record], name: str) -> str:
         raise ConfigError(
             f"benchmark {name}: kind is {kind!r}, expected auto, {', '.join(KINDS)}, or MODULE.FUNCTION"
         )
+    if is_dotted(kind):
+        try:
+            load_function(kind)
+        except ValueError as error:
+            raise ConfigError(f"benchmark {name}: kind {error}") from error
     return kind
 
 

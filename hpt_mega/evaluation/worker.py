@@ -5,6 +5,7 @@ Started by launch.py as `python -m hpt_mega.evaluation.worker RUN_DIR/config.yam
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 import time
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
+from hpt_mega.config import ConfigError
 from hpt_mega.data.templates import stop_tokens
 from hpt_mega.evaluation import tables
 from hpt_mega.evaluation.benchmarks import Benchmark, contamination, load_benchmarks
@@ -28,6 +30,7 @@ from hpt_mega.evaluation.results import results
 from hpt_mega.evaluation.sample import Respondent, Response, respond
 from hpt_mega.megatron import runtime
 from hpt_mega.megatron.runtime import Layout
+from hpt_mega.rewards.function import is_dotted
 from hpt_mega.rewards.math import Verdict
 from hpt_mega.rewards.pool import RewardPool, extracted
 from hpt_mega.rollout.engine import SamplingParams
@@ -35,6 +38,8 @@ from hpt_mega.telemetry.metrics import PhaseTimer
 from hpt_mega.telemetry.records import write_atomically
 from hpt_mega.trajectory import Question
 from hpt_mega.worker import report_failure
+
+ASKED = "asked.json"
 
 
 @dataclass(frozen=True)
@@ -156,11 +161,15 @@ def evaluate(cfg: EvalConfig, layout: Layout, timer: PhaseTimer) -> None:
         with timer.phase("load"):
             tokenizer = AutoTokenizer.from_pretrained(cfg.model)
             benchmarks = load_benchmarks(cfg, tokenizer)
+            if journal is not None:
+                _keep_asked(run_dir / ASKED, Path(cfg.model), benchmarks)
             engine = stack.enter_context(ENGINES[cfg.engine](cfg, layout))
         rewards = None
         if layout.is_leader:
+            # a function is imported when the pool starts, not within the deadline of an answer
+            kind = next((one.kind for one in benchmarks if is_dotted(one.kind)), reward.kind)
             rewards = stack.enter_context(
-                RewardPool(reward.kind, reward.workers, reward.deadline_s, reward.memory_mib)
+                RewardPool(kind, reward.workers, reward.deadline_s, reward.memory_mib)
             )
         with timer.phase("evaluate"):
             Evaluator(cfg, layout, engine, tokenizer, rewards, journal).run(benchmarks)
@@ -170,6 +179,22 @@ def evaluate(cfg: EvalConfig, layout: Layout, timer: PhaseTimer) -> None:
             seconds = time.monotonic() - started
             found = results(cfg, benchmarks, journal.graded.values(), overlap, seconds)
             _write(run_dir, found, cfg.published)
+
+
+def _keep_asked(file: Path, model: Path, benchmarks: Sequence[Benchmark]) -> None:
+    """Note what the responses beside the file answer. Raises ConfigError where others are noted there."""
+    files = [(path.name, path.stat()) for path in sorted(model.glob("*.safetensors"))]
+    asked: dict[str, Any] = {"weights": [[name, stat.st_size, stat.st_mtime_ns] for name, stat in files]}
+    for benchmark in benchmarks:
+        told = [[q.id, q.prompt_tokens, q.answer] for q in benchmark.questions]
+        asked[f"questions of {benchmark.name}"] = hashlib.sha256(json.dumps(told).encode()).hexdigest()
+    noted = json.loads(file.read_text()) if file.is_file() else asked
+    if changed := [what for what in noted if noted[what] != asked.get(what)]:
+        raise ConfigError(
+            f"{file.parent} holds responses from before the {' and the '.join(changed)} changed; "
+            "set another run_dir"
+        )
+    write_atomically(file, json.dumps(asked) + "\n")
 
 
 def _write(run_dir: Path, found: dict[str, Any], published: str) -> None:

@@ -133,7 +133,7 @@ def _work(todo: queue.SimpleQueue[Run], progress: Progress, deadline_s: float) -
                 for job in run.jobs:
                     if not job.is_done:
                         worker.do(job)
-            except JobError as error:
+            except (JobError, OSError) as error:  # OSError: a full disk, no further process
                 progress.failed(run, str(error))
             else:
                 run.tidy()

@@ -15,7 +15,7 @@ from statistics import fmean
 from hpt_mega.evaluation.results import powers_of_two
 from hpt_mega.telemetry import comparison_plots, page
 from hpt_mega.telemetry.records import write_atomically
-from hpt_mega.telemetry.runs import Finished, alike, comparable, find, unfinished, unnamed
+from hpt_mega.telemetry.runs import Finished, alike, comparable, find, newest, unfinished, unnamed
 from hpt_mega.telemetry.significance import Mean, blocked, paired
 
 Score = Callable[[Finished], float | None]
@@ -34,7 +34,8 @@ def write_comparison(folders: Sequence[Path], out: Path) -> Path:
 
     Raises ConfigError where there are none.
     """
-    found = find(folders)
+    every = find(folders)
+    found = newest(every)
     kept = comparable(found)
     runs = alike(kept)
     evaluated = sum(before.counts is not after.counts for before, after in zip(kept, runs, strict=True))
@@ -48,6 +49,7 @@ def write_comparison(folders: Sequence[Path], out: Path) -> Path:
             f"{max(run.records[-1]['step'] for run in runs)} steps each",
             *(f"{key} differs too" for key in unnamed(runs)),
             *_left_out(unfinished(folders), "unfinished"),
+            *_left_out(len(every) - len(found), "made again"),
             *_left_out(len(found) - len(kept), "without a partner in every method"),
             *([f"left out: the evaluations of {evaluated}, which others lack"] if evaluated else []),
         ]

@@ -52,6 +52,8 @@ class RunLog:
                     records.write_atomically(path, "")
                 else:
                     records.cut(path, self._resume_step)
+            if self._resume_step is not None and self._cfg.debug.save:
+                records.cut(Path(self._cfg.debug.save), self._resume_step)
             for record in records.read(self._metrics):
                 self._decline.observe(record)
             self._loggers = open_loggers(self._cfg.telemetry.loggers, self._run_dir)

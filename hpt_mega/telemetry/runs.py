@@ -18,6 +18,7 @@ from hpt_mega.telemetry.summary import holds
 LABEL, COUNTS = "label.json", "counts.json"
 ALGORITHM, GATE = "algorithm.name", "gate."
 IMPLIED = ("algorithm.options.", GATE)  # keys that come with an algorithm
+REPEATED = ("run_dir", "resume")  # keys in which a run that is made again may differ
 PLACE = ("run_dir", "seed", "resume", "model.path")  # keys of the config that are no part of a method
 
 
@@ -71,6 +72,16 @@ def find(folders: Sequence[Path]) -> list[Finished]:
     summaries = {home: json.loads((home / "summary.json").read_text()) for home in homes}
     names = _names({home: summary["config"] for home, summary in summaries.items()})
     return [_load(home, summaries[home], names[home]) for home in homes]
+
+
+def newest(runs: Sequence[Finished]) -> list[Finished]:
+    """The runs without those that were made again: copies of a seed are not further seeds."""
+    latest: dict[str, Finished] = {}
+    for run in sorted(runs, key=lambda run: (run.folder / "summary.json").stat().st_mtime):
+        config = {key: str(value) for key, value in _leaves(run.summary["config"]) if key not in REPEATED}
+        latest[json.dumps([run.method, run.cell, run.seed, config])] = run
+    kept = {run.folder for run in latest.values()}
+    return [run for run in runs if run.folder in kept]
 
 
 def comparable(runs: Sequence[Finished]) -> list[Finished]:

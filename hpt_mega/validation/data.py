@@ -18,6 +18,11 @@ def tasks(cfg: Config) -> Iterator[str]:
         yield "data.train_file and data.mixture are both given; put the file into the mixture"
     if not 0 < cfg.data.keep_solved <= 1:
         yield f"data.keep_solved is {cfg.data.keep_solved}, expected above 0 and at most 1"
+    if cfg.data.keep_solved < 1 and cfg.rollout.staleness:
+        yield (
+            f"data.keep_solved is {cfg.data.keep_solved} and rollout.staleness {cfg.rollout.staleness}: a "
+            "step's questions are drawn before it is known which of the last were solved; set staleness 0"
+        )
     has_training = cfg.data.train_file or cfg.data.mixture
     if not cfg.data.tasks and not (has_training and cfg.data.heldout_file):
         yield "data.tasks is empty; name a task, or choose a group such as data=demo"

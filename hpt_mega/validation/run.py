@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
-from hpt_mega.config import Config
+from hpt_mega.config import Config, load
 
 
 def folder(cfg: Config) -> Iterator[str]:
@@ -15,6 +17,34 @@ def folder(cfg: Config) -> Iterator[str]:
         yield f"run_dir={run_dir} is a file; choose another folder"
     if cfg.resume == "never" and is_unfinished(run_dir):
         yield f"run_dir={run_dir} holds an unfinished run; set resume=auto to go on, or another run_dir"
+    if cfg.resume == "auto" and (run_dir / "summary.json").is_file():
+        yield from _of_another_run(cfg, run_dir)
+
+
+def _of_another_run(cfg: Config, run_dir: Path) -> Iterator[str]:
+    """Where a finished run of other settings would be reported as this one. More steps go on with it."""
+    earlier = load(run_dir / "config.yaml")
+    if cfg.trainer.steps > earlier.trainer.steps:
+        return
+    was, now = (dict(_leaves(asdict(one))) for one in (earlier, cfg))
+    changed = [
+        f"{key} was {was.get(key)}, is {now.get(key)}"
+        for key in sorted(was | now)
+        if was.get(key) != now.get(key) and key not in ("run_dir", "resume")
+    ]
+    if changed:
+        yield (
+            f"run_dir={run_dir} holds a finished run of other settings ({'; '.join(changed[:4])}); choose "
+            "another run_dir, or resume=never, which renames that folder"
+        )
+
+
+def _leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in node.items():
+        if isinstance(value, dict) and value:
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
 
 
 def is_unfinished(run_dir: Path) -> bool:

@@ -131,6 +131,19 @@ def test_a_checkpoint_counts_once_it_is_written_and_the_next_one_waits_for_it(tm
 
 
 @pytest.mark.usefixtures("alone")
+def test_later_checkpoints_than_a_run_begins_with_take_no_place_of_its_own(tmp_path: Path) -> None:
+    earlier = CheckpointStore(tmp_path, keep=2)
+    for step in (10, 20, 30):
+        write(earlier, step)
+    store = CheckpointStore(tmp_path, keep=2)
+    store.set_aside(after=20)
+    for step in (21, 22):
+        write(store, step)
+    assert store.steps() == [21, 22] and store.latest_whole() == 22
+    assert (tmp_path / "checkpoints" / "step_000030.aside" / SUMS).is_file()
+
+
+@pytest.mark.usefixtures("alone")
 def test_a_writer_that_hangs_is_given_up_at_the_deadline(tmp_path: Path) -> None:
     store, held = CheckpointStore(tmp_path, keep=3, deadline_s=0.1), Event()
     store.begin(5, lambda folder: Files(folder, held=held))
@@ -169,7 +182,9 @@ def test_checkpoints_are_listed_and_pruned(tmp_path: Path, capsys: pytest.Captur
     assert main(["checkpoints", "list", str(tmp_path)]) == 0
     listed = [line.split(":")[0] for line in capsys.readouterr().out.splitlines()]
     assert listed == ["step 1", "step 2", "step 3"]
+    writing = tmp_path / "checkpoints" / "step_000004.partial"
+    writing.mkdir()
     assert main(["checkpoints", "prune", str(tmp_path), "--keep", "1"]) == 0
-    assert store.steps() == [3]
+    assert store.steps() == [3] and writing.is_dir()  # a run may be at it
     assert main(["checkpoints", "prune", str(tmp_path), "--keep", "0"]) == 2
     assert main(["checkpoints", "list", str(tmp_path / "absent")]) == 2

@@ -166,6 +166,17 @@ def test_a_file_takes_the_place_of_the_tasks_and_brings_rejected_responses(
         load_questions(replace(wanted, train_questions=5), tokenizer)
 
 
+def test_a_long_demonstration_of_a_file_is_cut_and_has_no_end(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "long.jsonl"
+    path.write_text(json.dumps({"prompt": "1 + 1?", "answer": "2", "demonstration": "1 + 1 = " + "2" * 99}))
+    wanted = replace(config(EASY, train=1, heldout=3, demo=20), train_file=str(path))
+    (only,) = load_questions(wanted, tokenizer).train
+    assert tokenizer.decode(only.demonstration_tokens) == "1 + 1 = 222222222222"
+    assert "cut 1 demonstrations to 20 tokens" in capsys.readouterr().out
+
+
 def test_a_question_of_a_file_may_lack_demonstration_and_rejected(
     tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:

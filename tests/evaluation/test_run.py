@@ -80,6 +80,11 @@ def test_a_killed_evaluation_goes_on_and_ends_as_one_of_two_replicas_never_kille
     assert "of 8 batches" not in printed  # the rest only
     assert responses(killed) == responses(tmp_path / "whole")
     check_outputs(killed)
+    asked = json.loads((killed / "asked.json").read_text())
+    (killed / "asked.json").write_text(json.dumps(asked | {"weights": []}))
+    again = start(model, benchmark, killed)
+    printed = again.communicate(timeout=DEADLINE_S)[0]
+    assert again.returncode != 0 and "responses from before the weights changed" in printed
 
 
 def check_outputs(run_dir: Path) -> None:

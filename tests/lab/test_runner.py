@@ -127,6 +127,21 @@ def test_a_job_that_overruns_its_deadline_is_ended_and_the_others_go_on(
     assert "2/2  method b toy seed 1 FAILED" in capsys.readouterr().out
 
 
+def test_a_run_whose_folder_cannot_be_made_fails_and_the_others_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def tried(worker: Worker, job: Job) -> None:
+        raise JobError("tried")
+
+    monkeypatch.setattr(Worker, "do", tried)
+    (tmp_path / "file").touch()
+    jobs = [Job("train", (), folder) for folder in (tmp_path / "file" / "a", tmp_path / "b")]
+    todo = [Run(f"method {job.run_dir.name}", "toy", 1, job.run_dir, (job,)) for job in jobs]
+    first, second = execute(todo, 1, 60)
+    assert first.startswith("method a toy seed 1: ") and "Not a directory" in first
+    assert second == "method b toy seed 1: tried"
+
+
 def test_a_failed_job_says_why_and_where_to_read_on(tmp_path: Path) -> None:
     worker = Worker(120)
     job = Job("train", ("trainer.stepz=1",), tmp_path / "run")

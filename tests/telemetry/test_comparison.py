@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -62,7 +64,9 @@ def lab(tmp_path: Path) -> Path:
         for seed, extra in ((1, 0), (2, 1)):
             for method, solved in (("hpt", 4), ("grpo", 0), ("other", 2)):
                 folder = make(
-                    tmp_path / cell / f"{method}{seed}", f"algorithm={method.replace('other', 'sft')}"
+                    tmp_path / cell / f"{method}{seed}",
+                    f"algorithm={method.replace('other', 'sft')}",
+                    seed=seed + 10 * (cell == "large"),
                 )
                 label(folder, method, cell, seed, {"a": 3 + extra, "b": solved, "c": solved, "d": 0})
     return tmp_path
@@ -107,6 +111,18 @@ def test_means_are_taken_over_models_and_seeds_that_every_method_has(lab: Path) 
     markdown = (lab / "comparison.md").read_text()
     assert "left out: 1 run without a partner in every method" in markdown
     assert rows(markdown, "Held-out accuracy after training")["hpt"][0] == "71.9 ± 9.5"
+
+
+def test_a_run_that_was_made_again_is_no_further_seed(lab: Path) -> None:
+    write_comparison([lab], lab)
+    before = rows((lab / "comparison.md").read_text(), "Held-out accuracy after training")
+    old = lab / "small" / "grpo1.1"
+    shutil.copytree(lab / "small" / "grpo1", old)
+    os.utime(old / "summary.json", (0, 0))
+    write_comparison([lab], lab)
+    markdown = (lab / "comparison.md").read_text()
+    assert "left out: 1 run made again" in markdown
+    assert rows(markdown, "Held-out accuracy after training") == before
 
 
 def test_a_lab_s_run_without_its_evaluation_is_unfinished(lab: Path) -> None:
