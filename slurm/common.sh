@@ -97,6 +97,8 @@ run_training() {
   run_dir=$(ask run-dir "$@")
   port=$((20000 + ${SLURM_JOB_ID:-0} % 20000))
   MASTER_ADDR=${MASTER_ADDR:-$(job_nodes | sed -n 1p)}
+  # tensor parallelism's communication overlaps with products only where a GPU has one queue
+  export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
   export MASTER_ADDR MASTER_PORT=$port OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} PYTHONUNBUFFERED=1
   [ -n "$DRY_RUN" ] || { mkdir -p "$run_dir/logs" && rm -f "$run_dir"/logs/{failure_rank*.json,stopped}; }
   preflight "$run_dir" || { echo "error: pre-flight failed; nothing was trained" >&2 && return 3; }

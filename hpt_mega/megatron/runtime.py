@@ -43,6 +43,7 @@ class Layout:
     cp_group: dist.ProcessGroup
     dp_group: dist.ProcessGroup
     replica_group: dist.ProcessGroup
+    waiting_group: dist.ProcessGroup  # the same ranks over gloo: one that waits in NCCL keeps its GPU busy
 
     @property
     def device(self) -> torch.device:
@@ -75,7 +76,7 @@ class Layout:
         """Give every rank of this replica the leader's (or global rank `source`'s) object."""
         box: list[Any] = [value]
         dist.broadcast_object_list(
-            box, src=self.leader if source is None else source, group=self.replica_group
+            box, src=self.leader if source is None else source, group=self.waiting_group
         )
         return box[0]
 
@@ -145,6 +146,7 @@ def build_groups(parallel: ParallelConfig, deadline: timedelta) -> Layout:
         distributed_timeout_minutes=math.ceil(deadline / timedelta(minutes=1)),
         create_gloo_process_groups=dist.get_backend() != "fake",  # the ranks of a dry run have no peers
     )
+    replica_group, waiting_group = _replica_groups(parallel, deadline)
     return Layout(
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
@@ -160,11 +162,14 @@ def build_groups(parallel: ParallelConfig, deadline: timedelta) -> Layout:
         pp_group=ps.get_pipeline_model_parallel_group(),
         cp_group=ps.get_context_parallel_group(),
         dp_group=ps.get_data_parallel_group(),
-        replica_group=_replica_group(parallel, deadline),
+        replica_group=replica_group,
+        waiting_group=waiting_group,
     )
 
 
-def _replica_group(parallel: ParallelConfig, deadline: timedelta) -> dist.ProcessGroup:
+def _replica_groups(
+    parallel: ParallelConfig, deadline: timedelta
+) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
     """The ranks of this process's replica, whose order is tensor, context, data, pipeline (fastest first)."""
     inner = parallel.tp * parallel.cp
     stride = inner * parallel.dp
@@ -174,7 +179,10 @@ def _replica_group(parallel: ParallelConfig, deadline: timedelta) -> dist.Proces
     ]
     mine: dist.ProcessGroup
     mine, _ = dist.new_subgroups_by_enumeration(replicas, timeout=deadline)
-    return mine
+    if dist.get_backend() != "nccl":
+        return mine, mine
+    waiting, _ = dist.new_subgroups_by_enumeration(replicas, timeout=deadline, backend="gloo")
+    return mine, waiting
 
 
 def _seed(cfg: Config, layout: Layout) -> None:

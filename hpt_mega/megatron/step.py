@@ -116,8 +116,13 @@ def score(
 ) -> list[Tensor]:
     """What `read` makes of each micro-batch's hidden states: [N] fp32, known to all stages of the replica."""
     forward = partial(_forward, read=read, layout=layout)
-    with torch.no_grad():
-        found = _run_schedule(model, microbatches, forward, forward_only=True)
+    # TE keeps delayed scales for every recomputation, and here none follows
+    recomputed, model.config.recompute_granularity = model.config.recompute_granularity, None
+    try:
+        with torch.no_grad():
+            found = _run_schedule(model, microbatches, forward, forward_only=True)
+    finally:
+        model.config.recompute_granularity = recomputed
     sizes = [len(microbatch.targets_N) for microbatch in microbatches]
     flat = torch.cat(found).float() if layout.is_last_stage else torch.empty(sum(sizes), device=layout.device)
     dist.broadcast(flat, src=layout.stage_rank(layout.pp_size - 1), group=layout.pp_group)

@@ -76,9 +76,9 @@ def stream(
 ) -> None:
     """Fill the buckets together with all ranks of `group`, and have each engine read them in turn.
 
-    `fill` brings what this rank holds of a bucket; `engines` are given on one rank only, which has the memory
-    `shared`. While they read one bucket, the ranks fill the next. What an engine raises is raised there, and
-    TransferError on the other ranks; all leave at the same bucket.
+    `fill` brings what this rank holds of a bucket; `group` is one to wait in. `engines` are given on one rank
+    only, which has the memory `shared`. While they read one bucket, the ranks fill the next. What an engine
+    raises is raised there, and TransferError on the other ranks; all leave at the same bucket.
     """
     with ThreadPoolExecutor(max(1, len(engines)), thread_name_prefix="weights") as pool:
         busy: list[Future[None]] = [pool.submit(engine.begin_update) for engine in engines]

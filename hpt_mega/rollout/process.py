@@ -29,8 +29,11 @@ GRACE_S = 5.0  # between SIGTERM and SIGKILL, and for what removes shared memory
 KEEP_MEMORY = {
     "GLIBC_TUNABLES": "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184:glibc.malloc.hugetlb=1"
 }
-# What torchrun tells a rank of its job. A server is none, and would wait for the job's store.
-_OF_A_RANK = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_")
+# What a rank of a job is told. A server is none, and would wait for the job's store.
+_OF_A_RANK = (
+    *("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_"),
+    "CUDA_DEVICE_MAX_CONNECTIONS",
+)
 
 
 class OwnedProcess:

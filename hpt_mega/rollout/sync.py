@@ -63,7 +63,7 @@ class WeightSync:
 
     def send(self, engines: Sequence[Receiver], policy_version: int) -> None:
         """Bring the engines, given on the leader only, to the current weights. Raises on all ranks alike."""
-        group = self._layout.replica_group
+        group = self._layout.waiting_group
         stream(self.plan, self._gather.fill, self._shared, group, engines, policy_version)
 
     @property

@@ -71,6 +71,7 @@ def start(job: Job) -> Any:
         cp_size=job.cp,
         cp_group=ps.get_context_parallel_group(),
         replica_group=ps.get_model_parallel_group(),
+        waiting_group=ps.get_model_parallel_group(),
     )
 
 
