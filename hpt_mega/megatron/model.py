@@ -342,6 +342,10 @@ def build_model(
     """This rank's pipeline stage, with uninitialised weights, on the CPU or the current GPU: its first
     chunk, which knows the others."""
     config = transformer_config(shape, parallel, dtype, fp8)
+    if torch.cuda.is_available() and shape.experts:
+        from megatron.core.extensions.transformer_engine import TEGroupedLinear
+
+        precision.tolerate_empty_state(TEGroupedLinear)
     stages = range(parallel.vpp) if parallel.vpp > 1 else [None]
     chunks = tuple(build_stage(shape, config, layout.tp_size, stage, kind) for stage in stages)
     for chunk in chunks:

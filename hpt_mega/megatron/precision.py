@@ -64,6 +64,22 @@ def tokens_multiple(fp8: Fp8Config) -> int:
     return align_of(fp8.recipe) if fp8.recipe and torch.cuda.is_available() else 1
 
 
+def tolerate_empty_state(grouped: Any) -> None:
+    """Let megatron-core's class of grouped products take apart the state of a recipe that has none.
+
+    Only delayed scaling has one; elsewhere it is an empty tensor, which 0.16.1 unpickles once FP8 has run.
+    """
+    split = grouped._split_extra_state
+    if split.__name__ == "split_or_repeat":
+        return
+
+    def split_or_repeat(self: Any, state: Any) -> Any:
+        is_empty = torch.is_tensor(state) and not state.numel()
+        return [state] * self.num_gemms if is_empty else split(self, state)
+
+    grouped._split_extra_state = split_or_repeat
+
+
 def emulate(model: Any, fp8: Fp8Config) -> None:
     """Let the linear layers of a model's transformer layers compute as the recipe would, off GPUs.
 

@@ -378,3 +378,18 @@ def test_a_run_in_each_recipe_learns_as_one_in_bf16(found: dict[str, Any]) -> No
 FOUND_BY_ONE_RANK: tuple[Callable[[Path, Path], Any], ...] = (
     *(gradients, quantised_layers, histories, unsplit, resumed, recomputed, decoded, learned),
 )
+
+
+def test_the_state_of_grouped_products_without_scales_is_the_same_for_each() -> None:
+    from hpt_mega.megatron import precision
+
+    class Grouped:
+        num_gemms = 3
+
+        def _split_extra_state(self, state: Tensor) -> list[Tensor]:
+            return list(state)
+
+    for _ in range(2):
+        precision.tolerate_empty_state(Grouped)
+    assert [len(part) for part in Grouped()._split_extra_state(torch.empty(0))] == [0, 0, 0]
+    assert Grouped()._split_extra_state(torch.tensor([4, 5])) == [4, 5]
