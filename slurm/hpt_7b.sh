@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # HPT on Qwen2.5-7B, one node of 8 H100: sbatch slurm/hpt_7b.sh [KEY=VALUE...]
 # Look first: hpt dryrun experiment=hpt_7b; bash slurm/hpt_7b.sh --dry-run. Settings: slurm/common.sh.
-# The engine decodes on the training GPUs (colocated).
+# The engine decodes on the training GPUs (colocated); a step and an evaluation must end before the signal does.
 #SBATCH --job-name=hpt_7b
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=8
@@ -11,7 +11,7 @@
 #SBATCH --time=24:00:00
 #SBATCH --requeue
 #SBATCH --open-mode=append
-#SBATCH --signal=B:USR1@900
+#SBATCH --signal=B:USR1@3600
 #SBATCH --output=slurm-%x-%j.out
 # shellcheck source=slurm/common.sh
 source "${HPT_ROOT:-${SLURM_SUBMIT_DIR:-.}}/slurm/common.sh"

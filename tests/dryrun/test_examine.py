@@ -93,7 +93,10 @@ def test_a_contradiction_is_found_before_anything_is_built(overrides: tuple[str,
             "parallel.recompute=full",
         ),
         (("experiment=hpt_70b", "rollout.server.gpu_memory_share=0.8"), "the largest part is engine with"),
-        (("experiment=hpt_7b", "rollout.max_sequences=1000"), "the largest part is engine with"),
+        (
+            ("experiment=hpt_7b", "rollout=megatron", "rollout.max_sequences=1000"),
+            "the largest part is engine with",
+        ),
     ],
 )
 def test_a_job_that_does_not_fit_is_told_by_its_largest_part(
