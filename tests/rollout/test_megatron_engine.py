@@ -149,7 +149,7 @@ def model(folder: Path) -> Any:
 @pytest.fixture(scope="module")
 def ranks(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
     found: dict[str, list[dict[str, Any]]] = {}
-    for size in (1, 2, 3):
+    for size in (1, 2, 3, 4):
         names = [name for name, layout in LAYOUTS.items() if layout.world_size == size]
         job = run_ranks(generate, size, tmp_path_factory.mktemp("job"), names, folder)
         found |= {name: [rank[name] for rank in job] for name in names}
