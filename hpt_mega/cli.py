@@ -23,6 +23,7 @@ from hpt_mega.evaluation.command import configure as configure_eval
 from hpt_mega.lab.command import configure as configure_lab
 from hpt_mega.planning.command import configure as configure_plan
 from hpt_mega.rewards.command import add_grade_options
+from hpt_mega.rewards.pool import KINDS
 from hpt_mega.rollout.serve import configure as configure_serve
 
 CONFIG_ERROR = 2  # exit code; argparse's own for a wrong command line
@@ -105,7 +106,7 @@ def _parser() -> argparse.ArgumentParser:
         "grade",
         help="grade answers against gold ones",
         description='Grade lines {"answer": GOLD, "response": TEXT, "kind": KIND}, '
-        "KIND one of math, choice, exact, format; "
+        f"KIND one of {', '.join(KINDS)}; "
         'writes {"reward": 0 | 1, "why": ...} in the same order.',
         epilog="example: hpt grade --file answers.jsonl --out rewards.jsonl --workers 8",
     )

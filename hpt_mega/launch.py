@@ -79,8 +79,11 @@ def single_rank_environment() -> dict[str, str]:
 
 def _environment(world_size: int) -> dict[str, str]:
     cores = len(os.sched_getaffinity(0))
-    defaults = {"OMP_NUM_THREADS": str(max(1, cores // world_size)), "GLOO_SOCKET_IFNAME": "lo"}
-    defaults["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"  # for tensor parallelism, as in slurm/common.sh
+    defaults = {
+        "OMP_NUM_THREADS": str(max(1, cores // world_size)),
+        "GLOO_SOCKET_IFNAME": "lo",
+        "CUDA_DEVICE_MAX_CONNECTIONS": "1",  # for tensor parallelism, as in slurm/common.sh
+    }
     return defaults | dict(os.environ)
 
 

@@ -170,7 +170,8 @@ def test_transformers_loads_the_export_and_answers_with_it(finished_run: Path) -
 def test_a_killed_and_resumed_run_has_the_numbers_of_one_never_killed(
     finished_run: Path, killed_run: Path
 ) -> None:
-    assert metrics(killed_run)[-1]["step"] > 2
+    steps = [record["step"] for record in metrics(killed_run)]
+    assert steps in ([0, 1, 2, 3], [0, 1, 2, 3, 4])
     assert "going on after step 2" in finish(start(killed_run, "resume=auto"), killed_run)
     assert metrics(killed_run) == metrics(finished_run)
     whole, resumed = HFCheckpoint(finished_run / "hf"), HFCheckpoint(killed_run / "hf")

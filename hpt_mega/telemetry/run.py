@@ -52,8 +52,9 @@ class RunLog:
                     records.write_atomically(path, "")
                 else:
                     records.cut(path, self._resume_step)
-            if self._resume_step is not None and self._cfg.debug.save:
-                records.cut(Path(self._cfg.debug.save), self._resume_step)
+            saved = Path(self._cfg.debug.save)
+            if self._resume_step is not None and saved.is_file():
+                records.cut(saved, self._resume_step)
             for record in records.read(self._metrics):
                 self._decline.observe(record)
             self._loggers = open_loggers(self._cfg.telemetry.loggers, self._run_dir)

@@ -6,12 +6,12 @@ How they are compared is in comparison.py.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from hpt_mega.config import ConfigError
+from hpt_mega.config import ConfigError, flattened
 from hpt_mega.telemetry.records import Record, read
 from hpt_mega.telemetry.summary import holds
 
@@ -78,7 +78,7 @@ def newest(runs: Sequence[Finished]) -> list[Finished]:
     """The runs without those that were made again: copies of a seed are not further seeds."""
     latest: dict[str, Finished] = {}
     for run in sorted(runs, key=lambda run: (run.folder / "summary.json").stat().st_mtime):
-        config = {key: str(value) for key, value in _leaves(run.summary["config"]) if key not in REPEATED}
+        config = {key: str(value) for key, value in flattened(run.summary["config"]) if key not in REPEATED}
         latest[json.dumps([run.method, run.cell, run.seed, config])] = run
     kept = {run.folder for run in latest.values()}
     return [run for run in runs if run.folder in kept]
@@ -141,7 +141,7 @@ def _joined(parts: Sequence[Sequence[Record]]) -> list[Record]:
 def _names(configs: Mapping[Path, Mapping[str, Any]]) -> dict[Path, str]:
     """What tells the configs of unlabelled runs apart: the algorithm's name where that will do, else also the
     other keys that differ, as KEY=VALUE."""
-    flat = {home: dict(_leaves(config)) for home, config in configs.items()}
+    flat = {home: dict(flattened(config)) for home, config in configs.items()}
     differing = _differing(list(flat.values()))
     own = [key for key in differing if not key.startswith(IMPLIED)]
     names = {home: _named(one, differing) for home, one in flat.items()}
@@ -154,7 +154,7 @@ def _names(configs: Mapping[Path, Mapping[str, Any]]) -> dict[Path, str]:
 
 def unnamed(runs: Sequence[Finished]) -> list[str]:
     """Keys in which unlabelled runs differ though no name says so, but for what comes with an algorithm."""
-    configs = [dict(_leaves(run.summary["config"])) for run in runs if not (run.folder / LABEL).is_file()]
+    configs = [dict(flattened(run.summary["config"])) for run in runs if not (run.folder / LABEL).is_file()]
     named = {part.partition("=")[0] for run in runs for part in run.method.split()}
     return [
         key for key in _differing(configs) if not key.startswith((ALGORITHM, *IMPLIED)) and key not in named
@@ -170,11 +170,3 @@ def _named(config: Mapping[str, Any], keys: Sequence[str]) -> str:
     algorithm = str(config[ALGORITHM])
     parts = [algorithm if key == ALGORITHM else f"{key}={config.get(key)}" for key in keys]
     return " ".join(parts) or algorithm
-
-
-def _leaves(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in node.items():
-        if isinstance(value, Mapping) and value:
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-from hpt_mega.config import Config, load
+from hpt_mega.config import Config, flattened, load
 
 
 def folder(cfg: Config) -> Iterator[str]:
@@ -26,7 +25,7 @@ def _of_another_run(cfg: Config, run_dir: Path) -> Iterator[str]:
     earlier = load(run_dir / "config.yaml")
     if cfg.trainer.steps > earlier.trainer.steps:
         return
-    was, now = (dict(_leaves(asdict(one))) for one in (earlier, cfg))
+    was, now = (dict(flattened(asdict(one))) for one in (earlier, cfg))
     changed = [
         f"{key} was {was.get(key)}, is {now.get(key)}"
         for key in sorted(was | now)
@@ -37,14 +36,6 @@ def _of_another_run(cfg: Config, run_dir: Path) -> Iterator[str]:
             f"run_dir={run_dir} holds a finished run of other settings ({'; '.join(changed[:4])}); choose "
             "another run_dir, or resume=never, which renames that folder"
         )
-
-
-def _leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in node.items():
-        if isinstance(value, dict) and value:
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
 
 
 def is_unfinished(run_dir: Path) -> bool:

@@ -131,7 +131,7 @@ def test_two_vocab_parallel_ranks_give_the_whole_result(boundary: int, tmp_path:
         port = probe.getsockname()[1]
     context = mp.spawn(vocab_parallel_rank, (port, boundary, str(tmp_path)), nprocs=2, join=False)
     try:
-        assert context.join(timeout=120) or context.join(timeout=60), "ranks did not finish in time"
+        assert context.join(timeout=40) or context.join(timeout=20), "ranks did not finish in time"
     finally:
         for process in context.processes:
             process.kill()
