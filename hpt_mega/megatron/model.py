@@ -73,6 +73,9 @@ class PolicyModel(GPTModel):
             if packed_seq_params is None:
                 _refuse_other_positions(position_ids)
             return decoder_input, None, None, None, None, None
+        if self.config.apply_rope_fusion:  # TE's kernel counts from each segment's start itself
+            device = position_ids.device
+            position_ids = torch.arange(packed_seq_params.max_seqlen_q, device=device)[None]
         return decoder_input, self.rotary_angles(position_ids), None, None, None, None
 
     def rotary_angles(self, position_ids_BS: Tensor) -> Tensor:
@@ -97,12 +100,13 @@ class PolicyModel(GPTModel):
     @contextmanager
     def inference(self) -> Iterator[None]:
         """Evaluation mode of all chunks, without what cannot take a few decoded positions: sequence
-        parallelism splits them, TE's FP8 products want multiples of 8."""
-        sequence_parallel, training, fp8 = self.config.sequence_parallel, self.training, self.config.fp8
+        parallelism splits them, TE's FP8 products want multiples of 8, its rotation one row."""
+        sequence_parallel, training = self.config.sequence_parallel, self.training
+        fp8, fused_rotation = self.config.fp8, self.config.apply_rope_fusion
         # without FP8 a TE module thinks that it has no history of scales to save
         scaled = [m.fp8_meta for chunk in self.chunks for m in chunk.modules() if hasattr(m, "fp8_meta")]
         saved = [meta["fp8_checkpoint"] for meta in scaled]
-        self.config.fp8 = None
+        self.config.fp8, self.config.apply_rope_fusion = None, False
         for chunk in self.chunks:
             if sequence_parallel:
                 set_model_to_sequence_parallel(chunk, set_to=False)
@@ -114,7 +118,7 @@ class PolicyModel(GPTModel):
                 if sequence_parallel:
                     set_model_to_sequence_parallel(chunk, set_to=True)
                 chunk.train(training)
-            self.config.fp8 = fp8
+            self.config.fp8, self.config.apply_rope_fusion = fp8, fused_rotation
             for meta, flag in zip(scaled, saved, strict=True):
                 meta["fp8_checkpoint"] = flag
 
@@ -220,7 +224,7 @@ def transformer_config(
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=on_gpu
         and find_spec("fused_weight_gradient_mlp_cuda") is not None,  # apex
-        apply_rope_fusion=False,
+        apply_rope_fusion=on_gpu and shape.latent is None,  # else a GPU waits for the host at every segment
         **precision.transformer_options(fp8 or Fp8Config(), experts=shape.experts is not None),
     )
     options |= _RECOMPUTE[parallel.recompute]

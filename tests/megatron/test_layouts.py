@@ -9,8 +9,10 @@ import dataclasses
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -67,6 +69,7 @@ class Case:
     overlap: bool = False
     stage_layers: tuple[int, ...] = ()
     experts: bool = False  # Qwen3-MoE in place of Llama
+    fused_rotation: bool = False  # as on a GPU, TE's kernel written out
 
     @property
     def parallel(self) -> ParallelConfig:
@@ -79,7 +82,7 @@ class Case:
         return "experts" if self.experts else "tied" if self.tied else "untied"
 
     def __str__(self) -> str:
-        flags = ("sequence_parallel", "distributed_optimizer", "overlap", "uneven")
+        flags = ("sequence_parallel", "distributed_optimizer", "overlap", "uneven", "fused_rotation")
         sizes = (
             f"{self.model}-tp{self.tp}cp{self.cp}pp{self.pp}vpp{self.vpp}ep{self.ep}etp{self.etp}dp{self.dp}"
         )
@@ -128,6 +131,9 @@ LAYOUTS = [
     Case(cp=2, recompute="selective"),
     Case(dp=2, overlap=True, tied=True),
     Case(dp=2, pp=2, overlap=True, distributed_optimizer=True, recompute="full"),
+    Case(fused_rotation=True, tied=True),
+    Case(fused_rotation=True, tp=2, cp=2, sequence_parallel=True),
+    Case(fused_rotation=True, pp=2, vpp=3, recompute="full"),
     Case(experts=True),
     Case(experts=True, dp=2, ep=2),
     Case(experts=True, dp=2, ep=2, distributed_optimizer=True, recompute="full"),
@@ -224,15 +230,20 @@ def reference(folder: Path, *, experts: bool = False) -> Reference:
 
 def megatron_gradients(cases: Sequence[Case], folders: dict[str, Path]) -> dict[str, Any]:
     """For every case: this rank's gradients by HF name, metrics, and the norm before clipping."""
+    from megatron.core.models.common.embeddings import rope_utils
+
     from hpt_mega.data.balancing import plan_microbatches
     from hpt_mega.data.packing import collate, round_up
     from hpt_mega.megatron.optimizer import zero_gradients
     from hpt_mega.megatron.step import Objective, forward_backward, update
     from hpt_mega.objective import algorithm
 
+    rope_utils.fused_apply_rotary_pos_emb_thd = fused = mock.Mock(side_effect=rotated)
     results = {}
     for case in cases:
         policy = build_policy(folders[case.model], config(case.parallel, dtype=case.dtype))
+        policy.model.config.apply_rope_fusion = case.fused_rotation
+        fused.reset_mock()
         estimator = algorithm("hpt", length=LENGTH)
         everything = trajectories()
         advantages = estimator.advantages(
@@ -266,6 +277,7 @@ def megatron_gradients(cases: Sequence[Case], folders: dict[str, Path]) -> dict[
         norm = update(policy.optimizer) if not case.distributed_optimizer else None
         results[str(case)] = {"metrics": metrics, "norm": norm, "plan": [len(part) for part in plan]}
         results[str(case)]["calls"] = {name: count / len(plan) for name, count in calls.items()}
+        results[str(case)]["fused_rotation"] = fused.called
         results[str(case)]["overlaps"] = policy.wrapped.ddp_config.overlap_grad_reduce
         # clipping scales main_grad in place: undo it
         gradients = policy.gradients()
@@ -277,6 +289,24 @@ def megatron_gradients(cases: Sequence[Case], folders: dict[str, Path]) -> dict[
         results[str(case)]["gradients"] = gradients
         leave_job()
     return results
+
+
+def rotated(
+    heads_SND: Tensor, cu_seqlens: Tensor, angles_L11D: Tensor, cp_size: int = 1, cp_rank: int = 0
+) -> Tensor:
+    """TE's fused_apply_rotary_pos_emb_thd as its kernel computes it: places are counted from the segment's
+    start; a context-parallel rank holds chunks rank and 2 * size - 1 - rank of 2 * size."""
+    assert cu_seqlens.dtype is torch.int32 and angles_L11D.shape[1:3] == (1, 1)
+    places = []
+    for begin, end in pairwise(cu_seqlens.tolist()):
+        segment = torch.arange(end - begin)
+        if cp_size > 1:
+            chunks = segment.chunk(2 * cp_size)
+            segment = torch.cat((chunks[cp_rank], chunks[2 * cp_size - 1 - cp_rank]))
+        places.append(segment)
+    angles_S1D = angles_L11D[torch.cat(places), 0]
+    first, second = heads_SND.chunk(2, dim=-1)
+    return heads_SND * angles_S1D.cos() + torch.cat((-second, first), dim=-1) * angles_S1D.sin()
 
 
 @pytest.fixture(scope="module")
@@ -350,12 +380,11 @@ TWICE = {"none": (), "selective": ("attention",), "full": ("layer", "attention")
 
 
 @pytest.mark.parametrize("case", LAYOUTS, ids=str)
-def test_what_is_to_be_recomputed_is_computed_twice_and_gradients_overlap_where_asked(
-    case: Case, ranks_of: Any
-) -> None:
+def test_layers_recompute_rotate_and_overlap_as_asked(case: Case, ranks_of: Any) -> None:
     for rank in ranks_of(case):
         assert rank["calls"] == {part: 2 if part in TWICE[case.recompute] else 1 for part in TWICE["full"]}
         assert rank["overlaps"] == case.overlap
+        assert rank["fused_rotation"] == case.fused_rotation
 
 
 @pytest.mark.parametrize("case", SPLITS, ids=str)
