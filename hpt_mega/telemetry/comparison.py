@@ -6,7 +6,7 @@ What a run is lives in runs.py, the tests in significance.py, the figures in com
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -16,7 +16,7 @@ from hpt_mega.evaluation.results import powers_of_two
 from hpt_mega.telemetry import comparison_plots, page
 from hpt_mega.telemetry.records import write_atomically
 from hpt_mega.telemetry.runs import Finished, alike, comparable, find, newest, unfinished, unnamed
-from hpt_mega.telemetry.significance import Mean, blocked, paired
+from hpt_mega.telemetry.significance import Mean, holm, mean
 
 Score = Callable[[Finished], float | None]
 
@@ -127,19 +127,23 @@ SCORES: tuple[tuple[str, Score], ...] = (
 
 def _overall(runs: Sequence[Finished]) -> Table:
     measured = [(name, score) for name, score in SCORES if all(score(run) is not None for run in runs)]
-    reference = _methods(runs)[0]
-    rows = []
-    for method in _methods(runs):
-        own = _of(runs, method)
-        row = [method, *(_mean(own, score) for _, score in measured)]
-        rows.append([*row, *_test(_of(runs, reference), own)])
+    reference, *others = _methods(runs)
+    tests = [_test(_differences(runs, method).values()) for method in others]
+    columns = [["", "", ""]] + [
+        [_signed(test), _p(test.p), _p(adjusted)]
+        for test, adjusted in zip(tests, holm([test.p for test in tests]), strict=True)
+    ]
+    rows = [
+        [method, *(_mean(_of(runs, method), score) for _, score in measured), *compared]
+        for method, compared in zip([reference, *others], columns, strict=True)
+    ]
     return Table(
         "Held-out accuracy after training",
-        f"Percent; mean over models and seeds ± half the 95 % interval that seeds give. The last "
-        f"columns pair {reference} "
-        "with each method on the same model and seed, over all questions: difference in points, p of the "
-        f"two-sided t-test. {_base_note(runs)}",
-        ["method", *(name for name, _ in measured), f"{reference} − method", "p"],
+        "Percent; mean over models and seeds ± half the 95 % interval that seeds give to these models. The "
+        f"last columns pair {reference} with each method on the same model and seed, over all questions: "
+        "difference in points; p of the two-sided t-test alone, and by Holm's method as one of all of them. "
+        f"{_base_note(runs)}",
+        ["method", *(name for name, _ in measured), f"{reference} − method", "p", "p of all"],
         rows,
     )
 
@@ -154,26 +158,37 @@ def _base_note(runs: Sequence[Finished]) -> str:
     return f"Before training: {'; '.join(said)}." if said else ""
 
 
-def _test(ours: Sequence[Finished], theirs: Sequence[Finished]) -> list[str]:
-    ours_at = {(run.cell, run.seed): _known(accuracy(run)) for run in ours}
-    pairs = [
-        (ours_at[run.cell, run.seed], _known(accuracy(run)))
-        for run in theirs
-        if (run.cell, run.seed) in ours_at
-    ]
-    if not pairs or ours[0].method == theirs[0].method:
-        return ["", ""]
-    found = paired(*zip(*pairs, strict=True))
-    return [_signed(found.difference), _p(found.p)]
+def _differences(runs: Sequence[Finished], method: str) -> dict[str, list[float]]:
+    """By model, the reference's accuracy less the method's on each seed that both were run on."""
+    reference = {(run.cell, run.seed): _known(accuracy(run)) for run in _of(runs, _methods(runs)[0])}
+    found: dict[str, list[float]] = {}
+    for run in _of(runs, method):
+        if (run.cell, run.seed) in reference:
+            difference = reference[run.cell, run.seed] - _known(accuracy(run))
+            found.setdefault(run.cell, []).append(difference)
+    return found
+
+
+def _test(differences: Iterable[Sequence[float]]) -> Mean:
+    cells = list(differences)
+    return mean(cells) if cells else Mean(math.nan, math.nan, math.nan)
 
 
 def _by_cell(runs: Sequence[Finished]) -> Table:
-    cells = _cells(runs)
-    rows = []
+    reference, cells, rows = _methods(runs)[0], _cells(runs), []
     for method in _methods(runs):
-        by_cell = ([run for run in _of(runs, method) if run.cell == cell] for cell in cells)
-        rows.append([method, *(_mean(own, accuracy) for own in by_cell)])
-    return Table("By model", "Held-out accuracy on all questions, percent.", ["method", *cells], rows)
+        differences = {} if method == reference else _differences(runs, method)
+        row = [method]
+        for cell in cells:
+            row.append(_mean([run for run in _of(runs, method) if run.cell == cell], accuracy))
+            row.append(_signed(mean([differences[cell]])) if cell in differences else "")
+        rows.append(row)
+    return Table(
+        "By model",
+        f"Held-out accuracy on all questions, percent; {reference} less the method on each seed, in points.",
+        ["method", *(name for cell in cells for name in (cell, f"{reference} − method"))],
+        rows,
+    )
 
 
 def _pass_at_k(runs: Sequence[Finished]) -> Table:
@@ -264,7 +279,7 @@ def _mean(runs: Sequence[Finished], score: Score) -> str:
     if not runs:
         return "–"
     cells = [[_known(score(run)) for run in runs if run.cell == cell] for cell in _cells(runs)]
-    return _with_width(_percent, blocked(cells))
+    return _with_width(_percent, mean(cells))
 
 
 def _with_width(as_text: Callable[[float], str], found: Mean) -> str:
@@ -273,6 +288,8 @@ def _with_width(as_text: Callable[[float], str], found: Mean) -> str:
 
 
 def _signed(found: Mean) -> str:
+    if math.isnan(found.value):
+        return "–"
     return _with_width(lambda value: f"{100 * value:+.1f}", found)
 
 

@@ -1,4 +1,4 @@
-"""Means over runs with Student's intervals, and paired tests of two methods on the same seeds.
+"""Means over runs with Student's intervals and tests; of paired differences, they compare two methods.
 
 Intervals over questions, of one evaluation, are evaluation/statistics.py's.
 """
@@ -8,62 +8,51 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import fmean, stdev
+from statistics import fmean
 
 LEVEL = 0.95
 
 
 @dataclass(frozen=True)
 class Mean:
-    """A mean over runs and half the width of its interval: nan where one run has none."""
+    """A mean over runs, half the width of its interval, and the p-value of its being 0 (two-sided t-test).
+
+    half_width and p are nan where each model has one run; p is 1 or 0 where all its runs are alike.
+    """
 
     value: float
     half_width: float
-    count: int
-
-
-@dataclass(frozen=True)
-class Paired:
-    """The mean of paired differences, its interval, and the p-value of its being 0 (two-sided t-test)."""
-
-    difference: Mean
     p: float
 
 
-def mean(values: Sequence[float]) -> Mean:
-    """The mean with its Student interval at LEVEL. Raises ValueError where there are no values."""
-    if not values:
-        raise ValueError("expected at least one value")
-    count = len(values)
-    if count == 1:
-        return Mean(values[0], math.nan, 1)
-    return Mean(fmean(values), quantile(LEVEL, count - 1) * stdev(values) / math.sqrt(count), count)
+def mean(cells: Sequence[Sequence[float]]) -> Mean:
+    """Over the runs of several models, each a cell, with the error that seeds give: models' own levels are no
+    error of a method, so deviations are from each model's mean. Of these models, that is, not of any model.
 
-
-def blocked(cells: Sequence[Sequence[float]]) -> Mean:
-    """The mean over the runs of several models, with the interval that seeds give: models' own levels are no
-    error of a method, so deviations are from each model's mean. half_width is nan for one run a model."""
+    Raises ValueError where there are no values.
+    """
     values = [value for cell in cells for value in cell]
     if not values:
         raise ValueError("expected at least one value")
-    freedom = len(values) - len(cells)
+    value, freedom = fmean(values), len(values) - len(cells)
     if freedom == 0:
-        return Mean(fmean(values), math.nan, len(values))
+        return Mean(value, math.nan, math.nan)
     squares = sum((value - fmean(cell)) ** 2 for cell in cells for value in cell)
     error = math.sqrt(squares / freedom / len(values))
-    return Mean(fmean(values), quantile(LEVEL, freedom) * error, len(values))
-
-
-def paired(ours: Sequence[float], theirs: Sequence[float]) -> Paired:
-    """The test of ours - theirs, run by run. p is nan for one pair, 1 or 0 where all pairs differ alike."""
-    differences = [a - b for a, b in zip(ours, theirs, strict=True)]
-    found = mean(differences)
-    if found.count == 1:
-        return Paired(found, math.nan)
-    error = stdev(differences) / math.sqrt(found.count)
     if error == 0:
-        return Paired(found, 1.0 if found.value == 0 else 0.0)
-    return Paired(found, 1 - within(abs(found.value) / error, found.count - 1))
+        return Mean(value, 0.0, 1.0 if value == 0 else 0.0)
+    return Mean(value, quantile(LEVEL, freedom) * error, 1 - within(abs(value) / error, freedom))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """The p-values of a family of tests, each raised so that one wrong finding among all is as rare as it
+    says (Holm 1979). nan, of a test that was not made, stays and does not count."""
+    order = sorted((i for i, p in enumerate(p_values) if p == p), key=lambda i: p_values[i])
+    adjusted, highest = list(p_values), 0.0
+    for rank, i in enumerate(order):
+        highest = max(highest, min(1.0, p_values[i] * (len(order) - rank)))
+        adjusted[i] = highest
+    return adjusted
 
 
 def within(t: float, freedom: int) -> float:

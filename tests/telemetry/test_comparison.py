@@ -88,7 +88,10 @@ def test_the_tables_hold_means_paired_differences_and_never_solved_questions(lab
     assert [overall[method][3] for method in ("hpt", "grpo", "other")] == [
         "66.7 ± 0.0", "0.0 ± 0.0", "33.3 ± 0.0",
     ]  # fmt: skip
-    assert overall["grpo"][-2:] == ["+50.0 ± 0.0", "< 0.001"]
+    assert overall["grpo"][-3:] == ["+50.0 ± 0.0", "< 0.001", "< 0.001"]
+    by_model = rows(markdown, "By model")
+    assert by_model["method"] == ["large", "hpt − method", "small", "hpt − method"]
+    assert by_model["other"] == ["46.9 ± 39.7", "+25.0 ± 0.0"] * 2
     assert "small 12.5 % (3 of 4 never solved in 4 samples)" in markdown
     assert rows(markdown, "pass@k")["other"] == ["46.9 ± 9.5", "66.7 ± 0.0", "75.0 ± 0.0"]
     assert rows(markdown, "By kind of question")["sum 9 (other kind)"] == ["0.0", "0.0", "0.0"]
@@ -101,7 +104,7 @@ def test_the_labels_say_what_the_others_are_tested_against(lab: Path) -> None:
     write_comparison([lab], lab)
     overall = rows((lab / "comparison.md").read_text(), "Held-out accuracy after training")
     assert list(overall) == ["method", "other", "hpt", "grpo"]
-    assert overall["method"][-2:] == ["other − method", "p"]
+    assert overall["method"][-3:] == ["other − method", "p", "p of all"]
 
 
 def test_means_are_taken_over_models_and_seeds_that_every_method_has(lab: Path) -> None:
