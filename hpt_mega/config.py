@@ -197,7 +197,7 @@ class RolloutConfig:
     engine: str = "megatron"  # megatron | vllm | sglang
     rollouts_per_question: int = 8
     max_new_tokens: int = 96
-    temperature: float = 1.0
+    temperature: float = 1.0  # also of the log-probabilities that are trained on, demonstrations' too
     top_p: float = 1.0
     max_sequences: int = 128  # decoded together
     staleness: int = 0  # optimizer steps that samples may lag behind; above 0 servers work during training
@@ -231,6 +231,7 @@ class OptimizerConfig:
     weight_decay: float = 0.0
     beta1: float = 0.9
     beta2: float = 0.95
+    eps: float = 1e-8  # beside the root of the squared gradient: it scales as the loss does
     clip_grad: float = 1.0
     # share of Adam's state and work that a GPU leaves to the CPU: handed to megatron-core, never run here
     cpu_offload: float = 0.0

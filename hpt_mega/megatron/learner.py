@@ -33,6 +33,7 @@ from hpt_mega.megatron.saving import StateWriter
 from hpt_mega.megatron.state import begin_save, load_state
 from hpt_mega.megatron.step import Metrics, Objective, describe_update, forward_backward, score, update
 from hpt_mega.objective import Estimator, TokenBatch
+from hpt_mega.objective.metrics import added, means
 from hpt_mega.trajectory import Trajectory
 
 _PARTS = 4  # of a rank's work, at least: whole questions could not be dealt out evenly
@@ -59,11 +60,19 @@ class Learner:
         rate = learning_rate(self.cfg.optimizer, step, self.cfg.trainer.steps)
         everyone = [t for replica in self.layout.gather_over_data(list(trajectories)) for t in replica]
         scored = self._score(everyone)
-        updates = [self._update(part, rate) for part in self._parts(scored)]
+        advantages = self._advantages(scored)
+        sums: list[Metrics] = []
+        updates: list[Metrics] = []
+        for part in self._parts(scored):
+            own = advantages and [advantages[i] for i in part]
+            found, described = self._update([scored[i] for i in part], own, rate)
+            sums.append(found)
+            updates.append(described)
         names = dict.fromkeys(name for one in updates for name in one)
-        means = {name: statistics.fmean(one[name] for one in updates if name in one) for name in names}
+        averages = {name: statistics.fmean(one[name] for one in updates if name in one) for name in names}
         counted = [name for name in ("tokens_trained", "skipped") if name in names]
-        return means | {name: sum(one[name] for one in updates) for name in counted} | {"lr": rate}
+        counts = {name: sum(one[name] for one in updates) for name in counted}
+        return _trained_on(added(sums)) | averages | counts | {"lr": rate}
 
     def logprobs(self, trajectories: Sequence[Trajectory]) -> list[tuple[float, ...]]:
         """Log-probabilities of the response tokens under the current policy, on every rank of the replica."""
@@ -121,20 +130,23 @@ class Learner:
         found = {index: row for rank in self.layout.gather_over_data(own) for index, row in rank.items()}
         return [found[index] for index in range(len(trajectories))]
 
-    def _parts(self, trajectories: Sequence[Trajectory]) -> list[list[Trajectory]]:
-        """The trajectories of each update: whole questions, dealt out in order."""
+    def _parts(self, trajectories: Sequence[Trajectory]) -> list[list[int]]:
+        """The indices of each update's trajectories: whole questions, dealt out in order."""
         groups = list(dict.fromkeys(t.group for t in trajectories))
         updates = self.cfg.trainer.updates_per_step
         part_of = {group: index * updates // len(groups) for index, group in enumerate(groups)}
-        return [[t for t in trajectories if part_of[t.group] == part] for part in range(updates)]
+        return [
+            [i for i, t in enumerate(trajectories) if part_of[t.group] == part] for part in range(updates)
+        ]
 
-    def _update(self, trajectories: Sequence[Trajectory], rate: float) -> Metrics:
-        """One optimizer step.
+    def _update(
+        self, trajectories: Sequence[Trajectory], advantages: Sequence[float] | None, rate: float
+    ) -> tuple[Metrics, Metrics]:
+        """One optimizer step; the sums of what it trained on, and what it did.
 
         Trajectories whose gradient is zero (a group that is all right or all wrong) count in the denominator
         but are not computed.
         """
-        advantages = self._advantages(trajectories)
         live = [
             i
             for i, t in enumerate(trajectories)
@@ -160,7 +172,8 @@ class Learner:
         objective = self._objective(self._denominator(trajectories))
         sums = forward_backward(self.policy, microbatches, objective, self.layout)
         set_learning_rate(self.optimizer, rate)
-        return metrics | _averages(sums) | describe_update(self.optimizer, update(self.optimizer))
+        metrics |= {"loss": sums["sum/loss"]} | describe_update(self.optimizer, update(self.optimizer))
+        return sums, metrics
 
     def _objective(self, denominator: float) -> Objective:
         temperature = self.cfg.rollout.temperature or 1.0
@@ -214,7 +227,7 @@ class Learner:
         )
 
     def _advantages(self, trajectories: Sequence[Trajectory]) -> list[float] | None:
-        """One a trajectory, taken over whole groups before any split; None for advantages by token."""
+        """One a trajectory, taken over the whole step; None for advantages by token."""
         if not self.estimator.advantage_per_sequence:
             return None
         if not trajectories:
@@ -246,16 +259,13 @@ class Learner:
         )
 
 
-def _averages(sums: Metrics) -> Metrics:
-    """Per-token means from an update's sums."""
-    return {
-        "loss": sums["sum/loss"],
-        "entropy": sums["sum/entropy"] / max(1.0, sums["sum/tokens"]),
-        "logp_gap_mean": sums["sum/logp_gap"] / max(1.0, sums["sum/online_tokens"]),
-        "logp_gap_max": sums["max/logp_gap"],
-        **{
-            name.removeprefix("mean/"): value
-            for name, value in sums.items()
-            if name.startswith("mean/objective/") and not name.endswith(("/tokens", "/sequences"))
-        },
-    }
+def _trained_on(sums: Metrics) -> Metrics:
+    """Means over all tokens that a step trained on; what is of no token is left out."""
+    found = means(sums)
+    if not (tokens := found.pop("tokens")):
+        return {}
+    del found["sequences"]
+    metrics = {"entropy": found.pop("entropy"), **{f"objective/{name}": x for name, x in found.items()}}
+    if online := tokens - sums["sum/offline_tokens"]:
+        metrics |= {"logp_gap_mean": sums["sum/logp_gap"] / online, "logp_gap_max": sums["max/logp_gap"]}
+    return metrics

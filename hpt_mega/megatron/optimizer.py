@@ -104,6 +104,7 @@ def build_optimizer(model: DataParallel, cfg: Config) -> MegatronOptimizer:
         weight_decay=cfg.optimizer.weight_decay,
         adam_beta1=cfg.optimizer.beta1,
         adam_beta2=cfg.optimizer.beta2,
+        adam_eps=cfg.optimizer.eps,
         clip_grad=cfg.optimizer.clip_grad,
         bf16=cfg.precision.dtype == "bf16",
         fp16=cfg.precision.dtype == "fp16",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -22,6 +21,7 @@ from hpt_mega.megatron.runtime import Layout
 from hpt_mega.megatron.scaler import loss_scale
 from hpt_mega.objective import Estimator, TokenBatch
 from hpt_mega.objective.logprob import token_logprobs
+from hpt_mega.objective.metrics import added
 from hpt_mega.trajectory import Source
 
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32  # isort: skip
@@ -36,7 +36,8 @@ class Loss(Protocol):
     def __call__(
         self, microbatch: MicroBatch, model: PolicyModel, hidden_SBH: Tensor, layout: Layout
     ) -> tuple[Tensor, Metrics]:
-        """The micro-batch's share of the loss (a sum over the global denominator), and its metrics."""
+        """The micro-batch's share of the loss (a sum over the global denominator), and sums and maxima that
+        metrics are made of ("sum/NAME", "max/NAME")."""
         ...
 
 
@@ -53,9 +54,8 @@ class Objective:
         self, microbatch: MicroBatch, model: PolicyModel, hidden_SBH: Tensor, layout: Layout
     ) -> tuple[Tensor, Metrics]:
         logp_N, entropy_N = self.logprobs(microbatch, model, hidden_SBH, layout)
-        metrics = _token_metrics(microbatch, logp_N.detach(), entropy_N.detach())
         if not len(logp_N):  # an inert micro-batch still runs the backward
-            return (logp_N.sum() + hidden_SBH.sum()) * 0.0, metrics | {"sum/loss": 0.0}
+            return (logp_N.sum() + hidden_SBH.sum()) * 0.0, {"sum/loss": 0.0}
         logp_BT = microbatch.to_response_grid(logp_N)
         old_logp_BT = microbatch.old_logp_BT
         advantage_B = microbatch.advantage_B
@@ -77,9 +77,8 @@ class Objective:
             question_tokens=microbatch.question_tokens_B,
         )
         out = self.estimator(batch, denominator=self.denominator)
-        metrics["sum/loss"] = float(out.loss.detach())
-        metrics.update({f"mean/objective/{name}": value for name, value in out.metrics.items()})
-        return out.loss, metrics
+        loss = {"sum/loss": float(out.loss.detach())}
+        return out.loss, loss | out.sums | _engine_gap(microbatch, logp_N.detach())
 
     def logprobs(
         self, microbatch: MicroBatch, model: PolicyModel, hidden_SBH: Tensor, layout: Layout
@@ -213,38 +212,17 @@ def _with_token_count(
     return value, torch.ones((), dtype=torch.int), metrics
 
 
-def _token_metrics(microbatch: MicroBatch, logp_N: Tensor, entropy_N: Tensor) -> Metrics:
-    """Sums over tokens, so that they add up over micro-batches; and the trainer/engine log-prob gap."""
+def _engine_gap(microbatch: MicroBatch, logp_N: Tensor) -> Metrics:
+    """How far the engine's log-probabilities of the sampled tokens are from the trainer's; nats."""
     online_N = (microbatch.source_B == Source.ONLINE)[microbatch.rows_N]
     engine_N = microbatch.rollout_logp_BT[microbatch.rows_N, microbatch.columns_N]
     gap_N = (logp_N - engine_N).abs()[online_N]
-    return {
-        "sum/tokens": float(len(logp_N)),
-        "sum/entropy": float(entropy_N.sum()),
-        "sum/online_tokens": float(online_N.sum()),
-        "sum/logp_gap": float(gap_N.sum()),
-        "max/logp_gap": float(gap_N.max()) if len(gap_N) else 0.0,
-    }
+    return {"sum/logp_gap": float(gap_N.sum()), "max/logp_gap": float(gap_N.max())} if len(gap_N) else {}
 
 
 def _reduce(results: Sequence[Metrics], layout: Layout) -> Metrics:
-    """Combine the last stage's micro-batch metrics over micro-batches and data-parallel ranks, everywhere.
-
-    `sum/` metrics add, `max/` take the maximum, `mean/` ones are averaged over tokens.
-    """
-    local = list(results) if layout.is_last_stage else None
+    """Combine the last stage's micro-batch metrics over micro-batches and data-parallel ranks, everywhere."""
+    local = added(results) if layout.is_last_stage else None
     box: list[Any] = [layout.gather_over_data(local) if layout.is_last_stage else None]
     dist.broadcast_object_list(box, src=layout.stage_rank(layout.pp_size - 1), group=layout.pp_group)
-    everyone = [metrics for rank in box[0] for metrics in rank]
-    combined: Metrics = {}
-    for name in dict.fromkeys(name for metrics in everyone for name in metrics):
-        having = [metrics for metrics in everyone if name in metrics]
-        values = [metrics[name] for metrics in having]
-        if name.startswith("max/"):
-            combined[name] = max(values)
-        elif name.startswith("sum/"):
-            combined[name] = sum(values)
-        else:
-            tokens = [metrics["sum/tokens"] for metrics in having]
-            combined[name] = sum(map(operator.mul, values, tokens)) / max(1.0, sum(tokens))
-    return combined
+    return added(box[0])

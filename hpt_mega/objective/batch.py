@@ -29,7 +29,7 @@ class TokenBatch:
 
     logp: Tensor  # [B, T] log-probability of each token under the current policy, with gradient
     mask: Tensor  # [B, T] bool, the response tokens
-    old_logp: Tensor | None = None  # [B, T] under the policy that made the rollouts, by the trainer
+    old_logp: Tensor | None = None  # [B, T] under the policy of before the step's updates, by the trainer
     reward: Tensor | None = None  # [B]
     group: Tensor | None = None  # [B] int, the question
     source: Tensor | None = None  # [B] int, 0 online or 1 offline; default: all online

@@ -58,9 +58,10 @@ arXiv 2509.04419):
 
 A sum over tokens is divided by a denominator of the whole step, taken over all micro-batches and ranks
 before the first of them, so that no loss depends on how the step is split. π is the current policy, π_old
-the one that made the rollouts, r = π/π_old, A the advantage, R the reward, H the entropy. Demonstrations
-(offline sequences) have parts of their own where a row says so; rows without them refuse demonstrations,
-save sft, rft and dpo, which treat every sequence alike.
+that of before the step's updates (which made the rollouts, unless `rollout.staleness` lets them lag),
+r = π/π_old, A the advantage, R the reward, H the entropy. Demonstrations (offline sequences) have parts of
+their own where a row says so; rows without them refuse demonstrations, save sft, rft and dpo, which treat
+every sequence alike.
 """
 
 _NOTES = """\
@@ -83,6 +84,11 @@ _NOTES = """\
   normaliser: a demonstration counts as one rollout, times `offline_coef`. The authors' code divides either
   loss by what one micro-batch holds, so that the balance of the two moves with the split
   (`bench/results/objective_agreement.md`); its coefficient is 1 for 7B models and 0.3 for 1.5B.
+  The normaliser counts the sequences that the gate keeps: of 16 questions with 8 rollouts each, one that
+  learns from its rollouts has 8/100 of it where four learn from demonstrations, and 8/44 where twelve do.
+- **rft.** Rejected rollouts count in the normaliser, so that the scale of its gradient is the pass rate's.
+- **Temperature.** `rollout.temperature` divides the logits of everything that is trained on, demonstrations
+  too: the policy that learns is the one that was sampled.
 - **std.** Unbiased (n - 1), plus `std_eps`; a group whose rewards are all equal has advantage 0.
 - **kl_in=reward** takes the KL of the policy that sampled and subtracts it before the advantage; kl_in=loss
   adds it to the loss, on every token trained on.

@@ -14,7 +14,7 @@ from torch import Tensor
 from hpt_mega.objective.advantage import SEQUENCE_ADVANTAGES, TOKEN_ADVANTAGES
 from hpt_mega.objective.aggregation import AGGREGATIONS
 from hpt_mega.objective.batch import TokenBatch
-from hpt_mega.objective.metrics import diagnose
+from hpt_mega.objective.metrics import means, sums
 from hpt_mega.objective.options import Options
 from hpt_mega.objective.regularizer import kl_penalty, penalises_reward, regularizer
 from hpt_mega.objective.surrogate import Parts, surrogate
@@ -44,7 +44,12 @@ class Output:
     loss_sum: Tensor  # 0-d, with gradient
     denominator: float
     token_weight: Tensor  # [B, T] d loss_sum / d logp, detached
-    metrics: dict[str, float]
+    sums: dict[str, float]  # what metrics are made of; those of several calls add up
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """By name, as `metrics.means` lists them."""
+        return means(self.sums)
 
 
 class Estimator:
@@ -61,8 +66,15 @@ class Estimator:
         is the published loss's.
 
         Raises ValueError for a field the row needs and does not get, for offline sequences in a row without
-        an offline half, and for a denominator that is not positive.
+        an offline half, for a denominator that is not positive, and for one given to a row whose `constant`
+        aggregation has no length: the batch's own would make the loss depend on the split.
         """
+        is_own_length = self.row.aggregation == "constant" and self.row.options.length is None
+        if denominator is not None and is_own_length:
+            raise ValueError(
+                f"a denominator was given, and {self.row.name}'s aggregation 'constant' divides by the "
+                "length of the batch; give the algorithm the step's, length=..."
+            )
         if denominator is None:
             denominator = self.denominator(batch) or 1.0  # nothing under the mask: a loss of 0
         if not denominator > 0:
@@ -82,8 +94,8 @@ class Estimator:
             weight = scale * self._sequence_weight(batch)[:, None] * batch.mask
             loss_sum = (weight * token_loss).sum()
             (token_weight,) = torch.autograd.grad(loss_sum, batch.logp, retain_graph=True)
-        metrics = diagnose(batch, whole, token_weight)
-        return Output(loss_sum / denominator, loss_sum, float(denominator), token_weight, metrics)
+        found = sums(batch, whole, token_weight)
+        return Output(loss_sum / denominator, loss_sum, float(denominator), token_weight, found)
 
     def denominator(self, batch: TokenBatch) -> float:
         """This batch's share of the denominator; add up those of all micro-batches and ranks."""

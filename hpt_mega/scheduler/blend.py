@@ -71,7 +71,8 @@ def schedule(
 
 
 def best_and_worst(trajectories: Sequence[Trajectory]) -> list[Trajectory]:
-    """Of each question the first trajectory of the highest reward and the first of the lowest, as a pair."""
+    """Of each question the first trajectory of the highest reward and the first of the lowest, as a pair with
+    the weight of the better one."""
     groups: dict[int, list[Trajectory]] = {}
     for trajectory in trajectories:
         groups.setdefault(trajectory.group, []).append(trajectory)
@@ -80,7 +81,7 @@ def best_and_worst(trajectories: Sequence[Trajectory]) -> list[Trajectory]:
         best = max(members, key=lambda t: t.reward)
         worst = min(members, key=lambda t: t.reward)
         if best.reward > worst.reward:
-            chosen += [replace(best, pair=number), replace(worst, pair=number)]
+            chosen += [replace(best, pair=number), replace(worst, pair=number, weight=best.weight)]
     return chosen
 
 

@@ -168,7 +168,7 @@ def _accuracy(evaluations: Sequence[Record], folder: Path) -> Plot:
         axes.errorbar(x, y, yerr=error, color=LINE, marker="o", markersize=5, linewidth=2, capsize=3)
         _as_percent(axes, max(value + bar for value, bar in zip(y, error, strict=True)))
 
-    caption = "Greedy answers, ± one standard error. Where the bars overlap nothing is proven."
+    caption = "± one standard error of each evaluation alone; the questions are the same."
     return _plot("accuracy", "Held-out accuracy", "questions answered", caption, folder, LARGE, paint)
 
 

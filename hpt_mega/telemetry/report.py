@@ -103,7 +103,13 @@ def _accuracy(summary: Summary, plot: plots.Plot | None) -> str:
     pairs += [(task, both["initial"], both["final"]) for task, both in summary.accuracy_by_task.items()]
     rows = [(name, percent(before), percent(after), points(after - before)) for name, before, after in pairs]
     table = page.numbers(("task", "before", "after", "change"), rows, total=0)
-    note = "Greedy answers to questions that are not trained on; changes are in percentage points."
+    asked = summary.config["evaluation"]
+    how = (
+        f"{asked['samples']} samples at temperature {asked['temperature']:g}"
+        if asked["temperature"]
+        else "Greedy"
+    )
+    note = f"{how} answers to questions that are not trained on; changes are in percentage points."
     return page.section("Accuracy by task", note, _beside(plot, table))
 
 

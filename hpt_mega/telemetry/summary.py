@@ -52,7 +52,8 @@ class Summary:
 
     @property
     def gain_in_standard_errors(self) -> float | None:
-        """The gain over the standard error of a difference of two independent proportions."""
+        """The gain over the standard error of a difference of two independent proportions; both evaluations
+        ask the same questions, so that it is surer than this says."""
         error = math.hypot(self.initial_standard_error or 0.0, self.final_standard_error or 0.0)
         return self.gain / error if self.gain is not None and error > 0 else None
 

@@ -31,7 +31,7 @@ def numbers(cfg: Config) -> Iterator[str]:
         "rollout.server.kv_cache_gib rollout.server.gpu_memory_share rollout.server.bucket_mib "
         "rollout.server.start_deadline_s rollout.server.request_deadline_s rollout.server.engines "
         "rollout.server.update_deadline_s rollout.server.answer_deadline_s "
-        "optimizer.lr critic.lr critic.clip trainer.steps trainer.updates_per_step "
+        "optimizer.lr optimizer.eps critic.lr critic.clip trainer.steps trainer.updates_per_step "
         "trainer.questions_per_step trainer.tokens_per_microbatch trainer.keep_checkpoints "
         "trainer.deadline_s precision.loss_scale_window"
     )

@@ -5,6 +5,7 @@ The references are the published losses by plain autograd on transformers' model
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -88,7 +89,9 @@ def config(parallel: ParallelConfig, updates: int) -> Config:
     )
 
 
-def learn(folder: Path, name: str, options: dict[str, Any], updates: int) -> list[dict[str, Any]]:
+def learn(
+    folder: Path, name: str, options: dict[str, Any], updates: int, rewards: Sequence[float] = ()
+) -> list[dict[str, Any]]:
     """For each layout: what learning from the trajectories once returned, and the gradient it left."""
     from hpt_mega.megatron.critic import ValueModel, build_critic
     from hpt_mega.megatron.learner import Learner
@@ -114,6 +117,8 @@ def learn(folder: Path, name: str, options: dict[str, Any], updates: int) -> lis
                 with torch.no_grad():
                     model.output_layer.weight.copy_(head())
         everyone = trajectories()
+        if rewards:
+            everyone = [replace(t, reward=reward) for t, reward in zip(everyone, rewards, strict=True)]
         share = len(everyone) // layout.dp_size
         mine = everyone[layout.dp_rank * share : (layout.dp_rank + 1) * share]
         scored = learner._score(everyone)
@@ -262,3 +267,16 @@ def test_old_log_probs_stay_those_of_before_the_first_update(folder: Path, tmp_p
         # the second update meets a policy that the first has moved
         ratio = found[0][place]["metrics"]["objective/ratio_max"]
         assert ratio != pytest.approx(1.0, abs=1e-3)
+
+
+def test_rewards_are_normalised_over_the_step_though_each_update_has_equal_ones(
+    folder: Path, tmp_path: Path
+) -> None:
+    rewards = [1.0] * 4 + [0.0] * 4  # the first update's four responses, and the second's
+    found = run_ranks(learn, 2, tmp_path, folder, "reinforce_pp", {}, 2, rewards)
+    advantage = 0.5 / torch.tensor(rewards).std().item()
+    share = (sum(RESPONSES[:4]) - sum(RESPONSES[4:])) / sum(RESPONSES)
+    for place in range(len(LAYOUTS)):
+        metrics = found[0][place]["metrics"]
+        assert metrics["objective/advantage_mean"] == pytest.approx(advantage * share, abs=1e-4)
+        assert metrics["tokens_trained"] == sum(map(sum, LENGTHS)) + sum(prompt for prompt, *_ in LENGTHS)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hpt_mega.objective import Estimator, TokenBatch, algorithm, rows
+from hpt_mega.objective.metrics import added, means
 
 B, T = 12, 5
 NAMES = [row.name for row in rows()]
@@ -89,6 +90,11 @@ def constant_length(aggregation: str) -> dict[str, Any]:
     return {"length": 17} if aggregation == "constant" else {}
 
 
+def of_a_step(name: str) -> Estimator:
+    """The algorithm as a part of a step takes it, which says what length its normaliser means."""
+    return algorithm(name, **constant_length(algorithm(name).row.aggregation))
+
+
 @given(cuts=st.sets(st.integers(1, 5), max_size=4), order=st.permutations(range(6)))
 @settings(max_examples=20)
 def test_dpo_does_not_depend_on_microbatch_split_between_pairs(cuts: set[int], order: list[int]) -> None:
@@ -119,7 +125,7 @@ def test_wider_padding_changes_nothing(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_token_weight_is_the_gradient_of_the_sum_with_and_without_grad(name: str) -> None:
-    estimator, step = algorithm(name), tensors(5, name)
+    estimator, step = of_a_step(name), tensors(5, name)
     with torch.no_grad():
         plain = estimator(TokenBatch(**step))
     assert plain.loss.item() == pytest.approx(plain.loss_sum.item() / plain.denominator, abs=1e-15)
@@ -128,7 +134,7 @@ def test_token_weight_is_the_gradient_of_the_sum_with_and_without_grad(name: str
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_sequence_counts_by_its_weight(name: str) -> None:
-    estimator, step = algorithm(name), tensors(6, name)
+    estimator, step = of_a_step(name), tensors(6, name)
     unit = weight_of(estimator, step | {"weight": torch.ones(B)}, 1.0)
     weighted = weight_of(estimator, step, 1.0)
     torch.testing.assert_close(weighted, unit * step["weight"][:, None], rtol=0, atol=1e-14)
@@ -240,12 +246,19 @@ def test_a_sequence_it_does_not_train_on_has_no_gradient(
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "dpo"])
 def test_a_batch_of_no_sequences_has_a_loss_of_zero(name: str) -> None:
     step = {key: value[:0] for key, value in tensors(17, name).items()}
-    assert algorithm(name)(TokenBatch(**step), denominator=3.0).loss.item() == 0
+    assert of_a_step(name)(TokenBatch(**step), denominator=3.0).loss.item() == 0
 
 
 def test_a_denominator_must_be_positive() -> None:
     with pytest.raises(ValueError, match="denominator must be above 0; got 0"):
         algorithm("sft")(TokenBatch(**tensors(12, "sft")), denominator=0)
+
+
+def test_a_split_step_needs_its_length() -> None:
+    batch = TokenBatch(**tensors(12, "dr_grpo"))
+    assert algorithm("dr_grpo")(batch).loss.isfinite()
+    with pytest.raises(ValueError, match=r"divides by the length of the batch; .* length="):
+        algorithm("dr_grpo")(batch, denominator=3.0)
 
 
 def test_metrics_tell_what_was_masked_and_who_pulled() -> None:
@@ -264,10 +277,25 @@ def test_metrics_tell_what_was_masked_and_who_pulled() -> None:
     assert metrics["masked_fraction"] == 0.25
     assert metrics["nll"] == pytest.approx(1.5)
     assert metrics["ratio_max"] == pytest.approx(e)
-    assert [metrics[f"ratio_p{p}"] for p in ("05", "50", "95", "99")] == [1, 1, 1, 1]  # of 1, 1, 1, e
     assert metrics["effective_sample_size"] == pytest.approx((3 + e) ** 2 / (4 * (3 + e**2)))
     assert metrics["offline_gradient_share"] == pytest.approx(2 / 3)
     assert metrics["engine_gap"] == pytest.approx(0.25)
+
+
+@pytest.mark.parametrize("name", ["hpt", "dapo", "grpo"])
+def test_metrics_of_several_calls_are_those_of_one(name: str) -> None:
+    """Among them a call without a token; the advantage is given, as the trainer gives it."""
+    step = tensors(18, name) | {"advantage": torch.linspace(-1, 2, B * T, dtype=torch.float64).view(B, T)}
+    step["mask"][3:] &= torch.arange(T) < 2
+    step["mask"][0] = False
+    estimator = of_a_step(name)
+
+    def sums(rows: slice) -> dict[str, float]:
+        return estimator(TokenBatch(**{key: x[rows] for key, x in step.items()}), denominator=1.0).sums
+
+    parts = [sums(rows) for rows in (slice(0, 1), slice(1, 2), slice(2, B))]
+    assert means(added(parts)) == pytest.approx(means(sums(slice(None))), rel=1e-6)
+    assert means(added([])) == {"tokens": 0, "sequences": 0}
 
 
 @pytest.mark.parametrize("field", [f.name for f in fields(TokenBatch) if f.name != "logp"])
@@ -307,12 +335,3 @@ def test_penalties_keep_empty_and_extreme_batches_finite(name: str, options: dic
     out = algorithm(name, **options)(TokenBatch(**step))
     assert out.loss.isfinite() and out.token_weight.isfinite().all()
     assert (out.token_weight[:3] == 0).all()
-
-
-def test_quantiles_of_the_ratio_are_those_of_its_tokens() -> None:
-    ratio = torch.arange(1, 102, dtype=torch.float64)
-    logp = torch.zeros(1, 101, dtype=torch.float64)
-    batch = TokenBatch(logp=logp, mask=logp == 0, old_logp=-ratio.log()[None], advantage=torch.ones(1, 101))
-    metrics = algorithm("dapo")(batch).metrics
-    found = [metrics[f"ratio_p{p}"] for p in ("05", "50", "95", "99")]
-    assert found == pytest.approx([6, 51, 96, 100])
