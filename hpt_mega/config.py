@@ -8,21 +8,25 @@ from __future__ import annotations
 import os
 import platform
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, fields, is_dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from types import UnionType
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException, OverrideParseException
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from hpt_mega.suggestion import did_you_mean
+
+T = TypeVar("T")
+
+SHOWN_CHARACTERS = 80  # of a value, in messages
 
 
 class ConfigError(ValueError):
@@ -356,13 +360,43 @@ def save(config: object, path: Path) -> None:
 
 def load(path: Path) -> Config:
     """The config in a file that `save` wrote. Raises ConfigError where it is absent or does not fit."""
+    return fit(Config, str(path), read_yaml(path, "the config.yaml of a run folder"))
+
+
+def read_yaml(path: Path, expected: str) -> DictConfig:
+    """The keys and values of a file, which is `expected`. Raises ConfigError where there are none."""
     try:
-        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(path)))
+        given = OmegaConf.load(path)
     except FileNotFoundError:
-        raise ConfigError(f"{path} does not exist; expected the config.yaml of a run folder") from None
-    except (OmegaConfBaseException, YAMLError) as error:
-        raise ConfigError(f"{path}: {_explain(error)}") from error
-    assert isinstance(config, Config)
+        raise ConfigError(f"{path} does not exist; expected {expected}") from None
+    except (OSError, UnicodeDecodeError, OmegaConfBaseException, YAMLError) as error:
+        raise ConfigError(f"{path}: {' '.join(str(error).split())}; expected {expected}") from error
+    if not isinstance(given, DictConfig):
+        raise ConfigError(f"{path} holds a list; expected {expected}")
+    return given
+
+
+def parse_settings(settings: Iterable[str]) -> DictConfig:
+    """The keys and values of KEY=VALUE settings. Raises ConfigError where a value cannot be read."""
+    given = OmegaConf.create()
+    for setting in settings:
+        try:
+            given.merge_with_dotlist([setting])
+        except (OmegaConfBaseException, YAMLError) as error:
+            reason = " ".join(str(error).split())
+            raise ConfigError(
+                f"cannot read {setting!r}: {reason}; quote a value with special characters: 'key=\"a: b\"'"
+            ) from error
+    return given
+
+
+def fit(schema: type[T], where: str, *given: DictConfig) -> T:
+    """The schema's defaults under what is given, the last on top. Raises ConfigError that names the key."""
+    try:
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), *given))
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{where}: {_explain(error, schema)}") from error
+    assert isinstance(config, schema)
     return config
 
 
@@ -406,9 +440,9 @@ def _choices(group: str) -> list[str] | None:
     return sorted(path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml"))
 
 
-def _type_at(key: str) -> Any:
-    """The declared type at a dotted key of the tree. Raises ConfigError for an unknown key."""
-    node: Any = Config
+def _type_at(key: str, schema: Any = Config) -> Any:
+    """The declared type at a dotted key of a tree, Config's. Raises ConfigError for an unknown key."""
+    node = schema
     for part in key.split("."):
         if get_origin(node) in (dict, list):
             node = get_args(node)[-1]
@@ -441,7 +475,22 @@ def flattened(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield prefix + key, value
 
 
-def _explain(error: BaseException) -> str:
+def changes(earlier: Any, now: Any, free: Collection[str] = ()) -> list[str]:
+    """What differs between two configs of a kind, "KEY was X, is Y", but for keys and sections in `free`."""
+    was, given = (dict(flattened(asdict(one))) for one in (earlier, now))
+    return [
+        f"{key} was {_shown(was.get(key))}, is {_shown(given.get(key))}"
+        for key in sorted(was | given)
+        if was.get(key) != given.get(key) and key.partition(".")[0] not in free
+    ]
+
+
+def _shown(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= SHOWN_CHARACTERS else f"{text[: SHOWN_CHARACTERS - 3]}..."
+
+
+def _explain(error: BaseException, schema: Any = Config) -> str:
     """A sentence from what Hydra or OmegaConf raised, in the terms of the schema where it names a key."""
     if isinstance(error, OverrideParseException):
         reason = str(error).splitlines()[0]
@@ -451,19 +500,21 @@ def _explain(error: BaseException) -> str:
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, OmegaConfBaseException):
         cause = cause.__cause__
-    what = str(cause or error).splitlines()[0]
+    what = str(cause or error).splitlines()[0].rstrip(".")
     key = getattr(cause, "full_key", None)
     if not key:
         return what
     try:
-        declared = _type_at(key.replace("[", ".").replace("]", ""))
+        declared = _type_at(key.replace("[", ".").replace("]", ""), schema)
     except ConfigError:
-        return f"{key}: {what}"
+        return f"{key}: {what}{did_you_mean(key, leaves(schema))}"
     return f"{key}: {what}; expected {_describe(declared)}"
 
 
 def _describe(hint: Any) -> str:
     if isinstance(hint, UnionType):
         return " or ".join(_describe(one) for one in get_args(hint))
+    if get_origin(hint) is list:
+        return "a list: [..., ...]"
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
     return words.get(hint) or ("a section with keys" if is_dataclass(hint) else str(hint))

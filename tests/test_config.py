@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from hpt_mega.config import Config, ConfigError, compose, conf_dir, load, save
+from hpt_mega.config import Config, ConfigError, changes, compose, conf_dir, fit, load, read_yaml, save
+from hpt_mega.lab.config import LabConfig
 from hpt_mega.objective import algorithm, rows
 from hpt_mega.scheduler import gate
 
@@ -114,6 +115,39 @@ def test_a_file_with_a_misspelt_key_is_refused_with_its_name(tmp_path: Path) -> 
         load(path)
     with pytest.raises(ConfigError, match="does not exist"):
         load(tmp_path / "absent.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("seeds: many\n", r"lab\.yaml: seeds: .*; expected a list"),
+        (
+            "data: {training: [{kind: sum, size: two, count: 1}]}\n",
+            r"data\.training\[0\]\.size: .*a whole number",
+        ),
+        ("stepps: 3\n", r"stepps: .*; did you mean steps\?"),
+        ("- 1\n", "holds a list; expected a lab"),
+        ("a: [1\n", r"expected ',' or '\]'.*; expected a lab"),
+        ("only words", "expected a lab"),
+    ],
+)
+def test_any_file_that_does_not_fit_its_schema_is_told_the_key_and_what_was_expected(
+    text: str, expected: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "lab.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=expected):
+        fit(LabConfig, str(path), read_yaml(path, "a lab"))
+    with pytest.raises(ConfigError, match=r"Is a directory.*; expected a lab"):
+        read_yaml(tmp_path, "a lab")
+
+
+def test_two_configs_differ_by_their_dotted_keys_but_for_those_that_are_free() -> None:
+    earlier, now = compose([]), compose(["parallel.pp=3", "run_dir=elsewhere", "trainer.steps=7"])
+    assert changes(earlier, now, ("run_dir", "trainer")) == [f"parallel.pp was {earlier.parallel.pp}, is 3"]
+    assert changes(earlier, earlier) == []
+    (change,) = changes(LabConfig(), LabConfig(seeds=list(range(99))))
+    assert change.startswith("seeds was [], is [0, 1, 2, ") and change.endswith("...")
 
 
 @pytest.mark.parametrize(("instructions", "dtype"), [({"avx2"}, "fp32"), ({"avx2", "amx_bf16"}, "bf16")])

@@ -12,9 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
-from hpt_mega.config import ColumnsConfig, ConfigError
+from hpt_mega.config import ColumnsConfig, ConfigError, fit, parse_settings
 from hpt_mega.data.files import read_records
 from hpt_mega.data.prepare import Settings, prepare
 
@@ -100,10 +98,7 @@ def _columns(given: list[str]) -> ColumnsConfig:
         names = ", ".join(vars(ColumnsConfig()))
         known = ", ".join(KNOWN)
         raise ConfigError(f"--columns {unfit[0]}: expected NAME=COLUMN with a name of {names}, or {known}")
-    merged = OmegaConf.merge(OmegaConf.structured(ColumnsConfig), OmegaConf.from_dotlist(given))
-    columns = OmegaConf.to_object(merged)
-    assert isinstance(columns, ColumnsConfig)
-    return columns
+    return fit(ColumnsConfig, "--columns", parse_settings(given))
 
 
 def _questions(name: str, split: str) -> list[str]:

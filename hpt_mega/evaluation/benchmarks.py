@@ -12,11 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
-
-from hpt_mega.config import ColumnsConfig, ConfigError, conf_dir
+from hpt_mega.config import ColumnsConfig, ConfigError, conf_dir, fit, read_yaml
 from hpt_mega.data.files import HUB, LETTERS, Record, is_data, read_records
 from hpt_mega.data.overlap import WORDS, OverlapIndex
 from hpt_mega.data.templates import render
@@ -85,13 +81,7 @@ def describe(name: str, cfg: EvalConfig) -> tuple[str, BenchmarkConfig]:
 
 
 def _read_config(path: Path) -> BenchmarkConfig:
-    try:
-        merged = OmegaConf.merge(OmegaConf.structured(BenchmarkConfig), OmegaConf.load(path))
-        config = OmegaConf.to_object(merged)
-    except (OSError, OmegaConfBaseException, YAMLError) as error:
-        raise ConfigError(f"{path}: {str(error).splitlines()[0]}") from error
-    assert isinstance(config, BenchmarkConfig)
-    return config
+    return fit(BenchmarkConfig, str(path), read_yaml(path, "a benchmark as in conf/benchmark"))
 
 
 def _load(entry: str, cfg: EvalConfig, tokenizer: Any) -> Benchmark:

@@ -11,9 +11,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from omegaconf import OmegaConf
-
-from hpt_mega.config import ConfigError
+from hpt_mega.config import ConfigError, save
 from hpt_mega.config import leaves as key_names
 from hpt_mega.evaluation.config import EvalConfig, check_resumable, compose, load
 
@@ -40,18 +38,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def _run(options: argparse.Namespace) -> int:
     cfg = compose(options.settings)
-    run_dir = Path(cfg.run_dir)
-    config_path = run_dir / "config.yaml"
+    config_path = Path(cfg.run_dir) / "config.yaml"
     validate(cfg)
     if config_path.is_file():
         check_resumable(cfg, load(config_path))
 
     from hpt_mega.launch import run_worker, start_processes
 
-    run_dir.mkdir(parents=True, exist_ok=True)
-    partial = config_path.with_name(f".{config_path.name}.{os.getpid()}")
-    OmegaConf.save(OmegaConf.structured(cfg), partial)
-    partial.replace(config_path)
+    save(cfg, config_path)
     if "RANK" in os.environ:
         return run_worker(config_path, WORKER)
     return start_processes(cfg.parallel.world_size, config_path, WORKER)

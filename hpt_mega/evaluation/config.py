@@ -8,11 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-from omegaconf import MISSING, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
 from hpt_mega.config import (
     ColumnsConfig,
@@ -21,6 +16,10 @@ from hpt_mega.config import (
     PrecisionConfig,
     RewardConfig,
     ServerConfig,
+    changes,
+    fit,
+    parse_settings,
+    read_yaml,
 )
 from hpt_mega.config import leaves as key_names
 from hpt_mega.suggestion import did_you_mean
@@ -30,8 +29,9 @@ from hpt_mega.suggestion import did_you_mean
 class EvalConfig:
     """Sampling is the paper's: temperature 0.6, top-p 0.95, at most 8,192 tokens."""
 
-    model: str = MISSING  # a Hugging Face folder: config, safetensors, tokenizer
-    benchmarks: list[str] = MISSING  # names of conf/benchmark, data files, hf:OWNER/NAME, reasoning_gym:TASK
+    model: str = ""  # a Hugging Face folder: config, safetensors, tokenizer
+    # names of conf/benchmark, data files, hf:OWNER/NAME, reasoning_gym:TASK
+    benchmarks: list[str] = field(default_factory=list)
     k: int = 0  # samples a question; 0: each benchmark's own number
     greedy: bool = True  # one greedy response a question besides
     temperature: float = 0.6
@@ -75,7 +75,7 @@ def compose(settings: Sequence[str]) -> EvalConfig:
         if key not in known:
             near = did_you_mean(key, known)
             raise ConfigError(f"unknown key {key}{near or '; known: ' + ', '.join(known)}")
-    cfg = _from(OmegaConf.from_dotlist(list(settings)), "hpt eval")
+    cfg = fit(EvalConfig, "hpt eval", parse_settings(settings))
     for key, expected in (("model", "model=FOLDER"), ("benchmarks", "benchmarks=[aime24,math500]")):
         if not getattr(cfg, key):
             raise ConfigError(f"no {key} given; expected {expected}")
@@ -84,33 +84,12 @@ def compose(settings: Sequence[str]) -> EvalConfig:
 
 def load(path: Path) -> EvalConfig:
     """The config that a run kept. Raises ConfigError."""
-    try:
-        return _from(OmegaConf.load(path), str(path))
-    except (OSError, YAMLError) as error:
-        raise ConfigError(f"{path}: {error}") from error
-
-
-def _from(given: Any, where: str) -> EvalConfig:
-    try:
-        blank = OmegaConf.structured(EvalConfig(model="", benchmarks=[]))
-        cfg = OmegaConf.to_object(OmegaConf.merge(blank, given))
-    except OmegaConfBaseException as error:
-        key = str(getattr(error, "full_key", "") or "")
-        raise ConfigError(f"{where}: {key}: {str(error).splitlines()[0]}") from error
-    assert isinstance(cfg, EvalConfig)
-    return cfg
+    return fit(EvalConfig, str(path), read_yaml(path, "the config.yaml of an evaluation"))
 
 
 def check_resumable(cfg: EvalConfig, earlier: EvalConfig) -> None:
     """Raise ConfigError where a folder's responses were made with settings that would give others."""
-    now, then = (OmegaConf.to_container(OmegaConf.structured(one)) for one in (cfg, earlier))
-    assert isinstance(now, dict) and isinstance(then, dict)
-    changed = [
-        f"{key!s} was {then[key]}, is {now[key]}"
-        for key in now
-        if key not in FREE_TO_CHANGE and now[key] != then[key]
-    ]
-    if changed:
+    if changed := changes(earlier, cfg, FREE_TO_CHANGE):
         raise ConfigError(
             f"run_dir={cfg.run_dir} holds responses of another evaluation ({'; '.join(changed)}); "
             "set another run_dir, or the same settings to go on with it"

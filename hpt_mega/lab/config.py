@@ -6,11 +6,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
+from omegaconf import DictConfig
 
-from hpt_mega.config import ConfigError, conf_dir, save
+from hpt_mega.config import ConfigError, changes, conf_dir, fit, read_yaml, save
 from hpt_mega.lab.exercises import Portion
 from hpt_mega.lab.models import FAMILIES, SIZES
 from hpt_mega.suggestion import did_you_mean
@@ -99,15 +97,10 @@ def read(name: str) -> LabConfig:
 def keep(cfg: LabConfig, folder: Path) -> None:
     """Keep the config in the folder. Raises ConfigError where its runs were made with another one."""
     path = folder / KEPT
-    if path.is_file():
-        now, then = (OmegaConf.to_container(OmegaConf.structured(one)) for one in (cfg, _read(path)))
-        assert isinstance(now, dict) and isinstance(then, dict)
-        changed = [str(key) for key in now if key not in FREE_TO_CHANGE and now[key] != then[key]]
-        if changed:
-            raise ConfigError(
-                f"{folder} holds runs of a lab with other {', '.join(changed)}; "
-                "set another --out, or delete it"
-            )
+    if path.is_file() and (changed := changes(_read(path), cfg, FREE_TO_CHANGE)):
+        raise ConfigError(
+            f"{folder} holds runs of another lab ({'; '.join(changed)}); set another --out, or delete it"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     save(cfg, path)
 
@@ -121,17 +114,11 @@ def _flat(ablations: dict[str, Variants]) -> Variants:
 
 
 def _read(path: Path) -> LabConfig:
-    try:
-        cfg = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(LabConfig), *_layers(path)))
-    except (OSError, OmegaConfBaseException, YAMLError) as error:
-        raise ConfigError(f"{path}: {str(error).splitlines()[0]}") from error
-    assert isinstance(cfg, LabConfig)
-    return cfg
+    return fit(LabConfig, str(path), *_layers(path))
 
 
 def _layers(path: Path) -> list[DictConfig]:
     """The file, after the one beside it that it extends, if any."""
-    given = OmegaConf.load(path)
-    assert isinstance(given, DictConfig)
+    given = read_yaml(path, "a lab as in conf/lab")
     parent = given.pop("extends", None)
     return [*(_layers(path.with_name(f"{parent}.yaml")) if parent else []), given]

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 
-from hpt_mega.config import Config, flattened, load
+from hpt_mega.config import Config, changes, load
 
 
 def folder(cfg: Config) -> Iterator[str]:
@@ -25,13 +24,7 @@ def _of_another_run(cfg: Config, run_dir: Path) -> Iterator[str]:
     earlier = load(run_dir / "config.yaml")
     if cfg.trainer.steps > earlier.trainer.steps:
         return
-    was, now = (dict(flattened(asdict(one))) for one in (earlier, cfg))
-    changed = [
-        f"{key} was {was.get(key)}, is {now.get(key)}"
-        for key in sorted(was | now)
-        if was.get(key) != now.get(key) and key not in ("run_dir", "resume")
-    ]
-    if changed:
+    if changed := changes(earlier, cfg, ("run_dir", "resume")):
         yield (
             f"run_dir={run_dir} holds a finished run of other settings ({'; '.join(changed[:4])}); choose "
             "another run_dir, or resume=never, which renames that folder"
