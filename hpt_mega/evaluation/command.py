@@ -8,14 +8,22 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from operator import attrgetter
 from pathlib import Path
+from typing import Any
 
 from hpt_mega.config import ConfigError, save
 from hpt_mega.config import leaves as key_names
 from hpt_mega.evaluation.config import EvalConfig, check_resumable, compose, load
 
 WORKER = "hpt_mega.evaluation.worker"
+AT_LEAST_ZERO = "k questions temperature"
+AT_LEAST_ONE = "max_new_tokens max_sequences questions_per_batch reward.workers reward.memory_mib"
+ABOVE_ZERO = (
+    "deadline_s reward.deadline_s server.kv_cache_gib server.gpu_memory_share server.start_deadline_s top_p"
+)
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -43,12 +51,13 @@ def _run(options: argparse.Namespace) -> int:
     if config_path.is_file():
         check_resumable(cfg, load(config_path))
 
+    from hpt_mega.evaluation.engines import job_config
     from hpt_mega.launch import run_worker, start_processes
 
     save(cfg, config_path)
     if "RANK" in os.environ:
         return run_worker(config_path, WORKER)
-    return start_processes(cfg.parallel.world_size, config_path, WORKER)
+    return start_processes(job_config(cfg).parallel.world_size, config_path, WORKER)
 
 
 def validate(cfg: EvalConfig) -> None:
@@ -64,19 +73,17 @@ def _problems(cfg: EvalConfig) -> Iterator[str]:
     from hpt_mega.evaluation.benchmarks import describe
     from hpt_mega.evaluation.engines import ENGINES
     from hpt_mega.evaluation.published import PUBLISHED
+    from hpt_mega.validation.values import PRECISIONS
 
-    for key, known in (("engine", ENGINES), ("template", TEMPLATES), ("published", ("", *PUBLISHED))):
-        if getattr(cfg, key) not in known:
-            yield f"{key} is {getattr(cfg, key)!r}, expected one of {', '.join(filter(None, known))}"
-    low = [key for key in ("k", "questions", "temperature") if getattr(cfg, key) < 0]
-    low += [
-        key for key in ("max_new_tokens", "max_sequences", "questions_per_batch") if getattr(cfg, key) < 1
-    ]
-    yield from (f"{key} is {getattr(cfg, key)}, which is too low" for key in low)
-    if cfg.engine == "vllm" and max(cfg.parallel.tp, cfg.parallel.pp, cfg.parallel.cp) > 1:
-        yield "engine=vllm serves the whole model to each replica; set only parallel.dp above 1"
-    if not 0 < cfg.top_p <= 1:
-        yield f"top_p is {cfg.top_p}, expected above 0 and at most 1"
+    for key, known in (
+        ("engine", ENGINES),
+        ("precision.dtype", PRECISIONS),
+        ("template", TEMPLATES),
+        ("published", ("", *PUBLISHED)),
+    ):
+        if (given := attrgetter(key)(cfg)) not in known:
+            yield f"{key} is {given!r}, expected one of {', '.join(filter(None, known))}"
+    yield from _numbers(cfg)
     if cfg.temperature == 0 and not cfg.greedy:
         yield "temperature is 0 and greedy is false; nothing is left to ask"
     for name in cfg.benchmarks:
@@ -84,17 +91,55 @@ def _problems(cfg: EvalConfig) -> Iterator[str]:
             describe(name, cfg)
         except ConfigError as error:
             yield str(error)
-    yield from _model(cfg)
-
-
-def _model(cfg: EvalConfig) -> Iterator[str]:
     config = Path(cfg.model) / "config.json"
     if not config.is_file():
         yield f"model={cfg.model} holds no config.json; expected a Hugging Face folder"
-    else:
-        positions = json.loads(config.read_text()).get("max_position_embeddings", 0)
-        if 0 < positions <= cfg.max_new_tokens:
-            yield (
-                f"max_new_tokens is {cfg.max_new_tokens} and the model has {positions} positions for prompt "
-                "and response; lower it"
-            )
+        return
+    shape = json.loads(config.read_text())
+    positions = shape.get("max_position_embeddings", 0)
+    if 0 < positions <= cfg.max_new_tokens:
+        yield (
+            f"max_new_tokens is {cfg.max_new_tokens} and the model has {positions} positions for prompt "
+            "and response; lower it"
+        )
+    yield from _layout(cfg, shape)
+
+
+def _numbers(cfg: EvalConfig) -> Iterator[str]:
+    sizes = " ".join(f"parallel.{key}" for key in _sizes(cfg))
+    bounds = (
+        (AT_LEAST_ZERO, lambda value: value >= 0, "0 or above"),
+        (f"{AT_LEAST_ONE} {sizes}", lambda value: value >= 1, "1 or above"),
+        (ABOVE_ZERO, lambda value: value > 0, "above 0"),
+        ("top_p server.gpu_memory_share", lambda value: not value > 1, "at most 1"),
+    )
+    for keys, fits, expected in bounds:
+        for key in keys.split():
+            if not fits(value := attrgetter(key)(cfg)):
+                yield f"{key} is {value}, expected {expected}"
+
+
+def _sizes(cfg: EvalConfig) -> dict[str, int]:
+    return {key: value for key, value in asdict(cfg.parallel).items() if isinstance(value, int)}
+
+
+def _layout(cfg: EvalConfig, shape: Mapping[str, Any]) -> Iterator[str]:
+    """Whether the model, with the config.json `shape`, and the machine fit the layout."""
+    import torch
+
+    from hpt_mega.evaluation.engines import job_config
+    from hpt_mega.validation import layout
+
+    sizes = _sizes(cfg)
+    if min(sizes.values()) < 1:
+        return
+    is_split = any(size > 1 for key, size in sizes.items() if key != "dp") or cfg.parallel.stage_layers
+    if cfg.engine == "vllm" and is_split:
+        yield "engine=vllm serves the whole model to each replica; set only parallel.dp above 1"
+        return
+    job = job_config(cfg)
+    yield from layout.tensor(job, shape, torch.cuda.is_available())
+    yield from layout.pipeline(job, shape)
+    yield from layout.experts(job, shape)
+    if "RANK" not in os.environ:
+        yield from layout.gpus(job)

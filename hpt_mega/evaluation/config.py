@@ -9,20 +9,46 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from hpt_mega.config import (
-    ColumnsConfig,
-    ConfigError,
-    ParallelConfig,
-    PrecisionConfig,
-    RewardConfig,
-    ServerConfig,
-    changes,
-    fit,
-    parse_settings,
-    read_yaml,
-)
+from omegaconf import DictConfig
+
+from hpt_mega.config import ColumnsConfig, ConfigError, changes, fit, parse_settings, read_yaml
 from hpt_mega.config import leaves as key_names
 from hpt_mega.suggestion import did_you_mean
+
+
+@dataclass
+class LayoutConfig:
+    """How the model lies over processes, as in training; of engine=vllm only dp."""
+
+    tp: int = 1
+    pp: int = 1
+    dp: int = 1  # replicas, which take questions in turn
+    cp: int = 1
+    vpp: int = 1
+    ep: int = 1
+    etp: int = 1
+    stage_layers: list[int] = field(default_factory=list)
+
+
+@dataclass
+class DtypeConfig:
+    dtype: str = "bf16"  # bf16 | fp16 | fp32
+
+
+@dataclass
+class ServerConfig:
+    """Each replica's server."""
+
+    kv_cache_gib: int = 1  # on CPU
+    gpu_memory_share: float = 0.5  # on GPU: of its memory, for weights and KV cache
+    start_deadline_s: float = 300.0
+
+
+@dataclass
+class GraderConfig:
+    workers: int = 1
+    deadline_s: float = 5.0
+    memory_mib: int = 1024  # of a worker's address space
 
 
 @dataclass
@@ -50,9 +76,9 @@ class EvalConfig:
     published: str = "qwen2_5_math_7b"  # whose published rows stand beside; "": none
     engine: str = "megatron"  # megatron | vllm
     server: ServerConfig = field(default_factory=ServerConfig)  # of engine=vllm
-    parallel: ParallelConfig = field(default_factory=lambda: ParallelConfig(pp=1))
-    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
-    reward: RewardConfig = field(default_factory=RewardConfig)
+    parallel: LayoutConfig = field(default_factory=LayoutConfig)
+    precision: DtypeConfig = field(default_factory=DtypeConfig)
+    reward: GraderConfig = field(default_factory=GraderConfig)
     max_sequences: int = 128  # decoded together
     questions_per_batch: int = 16  # asked together, then kept: what a kill can cost
     level: float = 0.95  # of the confidence intervals
@@ -63,6 +89,8 @@ class EvalConfig:
 
 # What may differ between a run and its resumption without changing a response.
 FREE_TO_CHANGE = ("run_dir", "deadline_s", "level", "published", "training_data", "training_columns")
+# Sections that were the trainer's own once; an evaluation read no more of them than they hold now.
+SHORTENED = ("server", "parallel", "precision", "reward")
 
 
 def compose(settings: Sequence[str]) -> EvalConfig:
@@ -83,8 +111,13 @@ def compose(settings: Sequence[str]) -> EvalConfig:
 
 
 def load(path: Path) -> EvalConfig:
-    """The config that a run kept. Raises ConfigError."""
-    return fit(EvalConfig, str(path), read_yaml(path, "the config.yaml of an evaluation"))
+    """The config that a run kept, also of before the sections were shortened. Raises ConfigError."""
+    given, known = read_yaml(path, "the config.yaml of an evaluation"), set(key_names(EvalConfig))
+    for section in SHORTENED:
+        if isinstance(part := given.get(section), DictConfig):
+            for key in [key for key in part if f"{section}.{key!s}" not in known]:
+                del part[key]
+    return fit(EvalConfig, str(path), given)
 
 
 def check_resumable(cfg: EvalConfig, earlier: EvalConfig) -> None:

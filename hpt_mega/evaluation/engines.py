@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
-from hpt_mega.config import Config, ModelConfig, TrainerConfig
+from hpt_mega.config import Config, ModelConfig, ParallelConfig, PrecisionConfig, TrainerConfig
 from hpt_mega.evaluation.config import EvalConfig
 from hpt_mega.evaluation.sample import Respondent
 from hpt_mega.megatron.runtime import Layout
@@ -17,8 +18,8 @@ def job_config(cfg: EvalConfig) -> Config:
     """The evaluation's settings as those of a job: what the runtime and the model read of a config."""
     return Config(
         model=ModelConfig(path=cfg.model),
-        parallel=cfg.parallel,
-        precision=cfg.precision,
+        parallel=ParallelConfig(**asdict(cfg.parallel)),
+        precision=PrecisionConfig(dtype=cfg.precision.dtype),
         trainer=TrainerConfig(deadline_s=cfg.deadline_s),
         seed=cfg.seed,
     )
@@ -35,7 +36,7 @@ def _megatron(cfg: EvalConfig, layout: Layout) -> Iterator[Respondent]:
     checkpoint = HFCheckpoint(Path(cfg.model))
     family = family_for(checkpoint.config)
     shape = family.read_shape(checkpoint.config)
-    model = build_model(shape, cfg.parallel, layout, DTYPES[cfg.precision.dtype])
+    model = build_model(shape, job_config(cfg).parallel, layout, DTYPES[cfg.precision.dtype])
     load_hf(model, checkpoint, family, shape, layout)
     yield MegatronEngine(model, layout, vocab_size=shape.vocab_size, max_sequences=cfg.max_sequences)
 

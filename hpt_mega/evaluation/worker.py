@@ -167,7 +167,7 @@ def evaluate(cfg: EvalConfig, layout: Layout, timer: PhaseTimer) -> None:
         rewards = None
         if layout.is_leader:
             # a function is imported when the pool starts, not within the deadline of an answer
-            kind = next((one.kind for one in benchmarks if is_dotted(one.kind)), reward.kind)
+            kind = next((one.kind for one in benchmarks if is_dotted(one.kind)), benchmarks[0].kind)
             rewards = stack.enter_context(
                 RewardPool(kind, reward.workers, reward.deadline_s, reward.memory_mib)
             )

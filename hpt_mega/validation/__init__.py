@@ -72,6 +72,7 @@ def contradictions(cfg: Config, shape: Mapping[str, Any], *, on_gpu: bool) -> li
         precision.fp8(cfg, shape, on_gpu),
         layout.pipeline(cfg, shape),
         layout.experts(cfg, shape),
+        layout.trained_experts(cfg, shape),
         objective.batch(cfg),
         model.lengths(cfg, shape),
         objective.parts(cfg),

@@ -70,7 +70,7 @@ _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")  # of 
 def experts(cfg: Config, shape: Mapping[str, Any]) -> Iterator[str]:
     """Whether the experts divide over their ranks."""
     parallel = cfg.parallel
-    count = next((shape[key] for key in _EXPERT_COUNTS if shape.get(key)), None)
+    count = _expert_count(shape)
     if count is None:
         for key in ("ep", "etp"):
             if getattr(parallel, key) > 1:
@@ -87,11 +87,6 @@ def experts(cfg: Config, shape: Mapping[str, Any]) -> Iterator[str]:
             f"parallel.ep x etp is {parallel.ep} x {parallel.etp} = {wanted} and its ranks are those of tp x "
             f"cp x dp = {ranks}; expected a divisor of that"
         )
-    if parallel.tp > 1 and not parallel.sequence_parallel:
-        yield (
-            f"the model has experts and parallel.tp is {parallel.tp}; megatron-core trains them with tensor "
-            "parallelism only together with parallel.sequence_parallel=true"
-        )
     rows = shape.get("moe_intermediate_size") or shape.get("intermediate_size") or 0
     if rows % parallel.etp:
         fitting = divisors(rows, ranks)
@@ -103,20 +98,39 @@ def experts(cfg: Config, shape: Mapping[str, Any]) -> Iterator[str]:
         )
 
 
+def trained_experts(cfg: Config, shape: Mapping[str, Any]) -> Iterator[str]:
+    """Whether megatron-core trains the experts in this layout."""
+    if _expert_count(shape) and cfg.parallel.tp > 1 and not cfg.parallel.sequence_parallel:
+        yield (
+            f"the model has experts and parallel.tp is {cfg.parallel.tp}; megatron-core trains them with "
+            "tensor parallelism only together with parallel.sequence_parallel=true"
+        )
+
+
+def _expert_count(shape: Mapping[str, Any]) -> int | None:
+    return next((shape[key] for key in _EXPERT_COUNTS if shape.get(key)), None)
+
+
 def processes(cfg: Config) -> Iterator[str]:
     """Whether as many processes or GPUs are there as the layout takes."""
     parallel = cfg.parallel
     wanted = parallel.product
     started = os.environ.get("WORLD_SIZE")
     nodes = os.environ.get("SLURM_JOB_NUM_NODES", "1")
-    gpus = torch.cuda.device_count()
     if started is not None:
         if started != str(parallel.world_size):
             yield f"WORLD_SIZE is {started} and {wanted}; start as many processes, or change the layout"
     elif nodes != "1":
         yield f"this SLURM job has {nodes} nodes, `hpt train` starts processes on one; use srun torchrun"
-    elif 0 < gpus < parallel.world_size:
-        yield f"{wanted} processes are wanted and this machine has {gpus} GPUs; lower one of them"
+    else:
+        yield from gpus(cfg)
+
+
+def gpus(cfg: Config) -> Iterator[str]:
+    """Whether this machine, where it has GPUs, has one for each process."""
+    if 0 < (here := torch.cuda.device_count()) < cfg.parallel.world_size:
+        wanted = cfg.parallel.product
+        yield f"{wanted} processes are wanted and this machine has {here} GPUs; lower one of them"
 
 
 def divisors(number: int, limit: int | None) -> str:
