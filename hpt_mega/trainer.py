@@ -20,8 +20,8 @@ from hpt_mega.megatron.learner import Learner
 from hpt_mega.megatron.runtime import Layout
 from hpt_mega.megatron.step import Metrics
 from hpt_mega.replay import append_batch, read_batches
-from hpt_mega.rewards.math import Verdict
 from hpt_mega.rewards.pool import RewardPool
+from hpt_mega.rewards.verdict import Verdict
 from hpt_mega.rollout.engine import Collect, EngineError, RolloutEngine, Sample, SamplingParams
 from hpt_mega.scheduler.blend import Schedule, schedule
 from hpt_mega.scheduler.gate import Gate

@@ -24,7 +24,7 @@ class Graded:
     sample: int
     category: str
     answer: str
-    extracted: str  # the final answer that was graded, "" where none was found
+    extracted: str  # what was graded, as Verdict.given
     reward: float
     why: str
     tokens: int

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from hpt_mega.rewards.math import Verdict
+from hpt_mega.rewards.verdict import Verdict
 from hpt_mega.rollout.engine import Sample, SamplingParams
 from hpt_mega.trajectory import Question
 
@@ -32,6 +32,7 @@ class Response:
     finished: bool  # ended by itself, not by the length limit
     reward: float
     why: str
+    given: str  # the answer that was graded
 
 
 def respond(
@@ -50,7 +51,7 @@ def respond(
     graded = iter(zip(texts, grade(texts, answers), strict=True))
     return [
         [
-            Response(text, len(sample.tokens), sample.finished, verdict.reward, verdict.why)
+            Response(text, len(sample.tokens), sample.finished, verdict.reward, verdict.why, verdict.given)
             for sample, (text, verdict) in zip(group, graded, strict=False)
         ]
         for group in samples

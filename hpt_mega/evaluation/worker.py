@@ -31,8 +31,8 @@ from hpt_mega.evaluation.sample import Respondent, Response, respond
 from hpt_mega.megatron import runtime
 from hpt_mega.megatron.runtime import Layout
 from hpt_mega.rewards.function import is_dotted
-from hpt_mega.rewards.math import Verdict
-from hpt_mega.rewards.pool import RewardPool, extracted
+from hpt_mega.rewards.pool import RewardPool
+from hpt_mega.rewards.verdict import Verdict
 from hpt_mega.rollout.engine import SamplingParams
 from hpt_mega.telemetry.metrics import PhaseTimer
 from hpt_mega.telemetry.records import write_atomically
@@ -143,7 +143,7 @@ def _graded(batch: Batch, question: Question, sample: int, response: Response) -
         sample=sample,
         category=question.task,
         answer=question.answer,
-        extracted=extracted(batch.benchmark.kind, response.text),
+        extracted=response.given,
         reward=response.reward,
         why=response.why,
         tokens=response.tokens,

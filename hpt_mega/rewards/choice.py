@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import re
 
-from hpt_mega.rewards.math import TAIL_CHARACTERS, Verdict, last_boxed
+from hpt_mega.rewards.math import TAIL_CHARACTERS, last_boxed
+from hpt_mega.rewards.verdict import Verdict
 
 _WRAPPING = re.compile(
     r"\\(?:text|textbf|mathrm|mathbf|mathit|boxed|textit)\s*\{|[{}$*_`]|\\[,;! ]|\\left|\\right"
@@ -56,9 +57,11 @@ def choice_verdict(response: str, answer: str) -> Verdict:
     """Right where the letter chosen is the gold one; a gold answer that is no letter earns nothing."""
     digits = re.search(r"[1-9]", answer) is not None and re.search("[A-J]", answer) is None
     gold = chosen(rf"\boxed{{{answer.strip()}}}", digits)
-    if gold is None:
-        return Verdict(0.0, f"the gold answer '{answer[:20]}' is no letter A to J")
     letter = chosen(response, digits)
+    if gold is None:
+        return Verdict(0.0, f"the gold answer '{answer[:20]}' is no letter A to J", letter or "")
     if letter is None:
         return Verdict(0.0, "no letter is chosen")
-    return Verdict(1.0, f"chose {letter}") if letter == gold else Verdict(0.0, f"chose {letter}, not {gold}")
+    if letter != gold:
+        return Verdict(0.0, f"chose {letter}, not {gold}", letter)
+    return Verdict(1.0, f"chose {letter}", letter)

@@ -6,8 +6,9 @@ Everything here is linear in the text and safe on hostile input; symbolic compar
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from fractions import Fraction
+
+from hpt_mega.rewards.verdict import Verdict
 
 TAIL_CHARACTERS = 20_000  # a final answer stands at the end; what comes before this is never looked at
 ANSWER_CHARACTERS = 1_000  # a longer final answer is refused
@@ -40,14 +41,6 @@ _DECORATION = re.compile(
 )
 _OPERATOR = re.compile(r"(?<=[\d)}\s])(?:[-+*×·÷/]|\\times|\\cdot|\\div)(?=[\d(\s\\-])")
 _SCIENTIFIC = re.compile(r"-?\d+(?:\.\d+)?\s*(?:\\times|\\cdot|\*|×)\s*10\s*\^\s*\{?-?\d+\}?")
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """The reward of one response, 0.0 or 1.0, and the reason in a few words."""
-
-    reward: float
-    why: str
 
 
 def last_boxed(text: str) -> str | None:
@@ -190,15 +183,16 @@ def quick_verdict(response: str, answer: str) -> Verdict | None:
     otherwise be the cheapest way to a reward on arithmetic questions.
     """
     answer = unboxed(answer)
-    if not answer:
-        return Verdict(0.0, "the gold answer is empty")
     given = final_answer(response)
+    if not answer:
+        return Verdict(0.0, "the gold answer is empty", given or "")
     if answer in (given, whole_formula(response), response[:TAIL_CHARACTERS].strip()):
-        return Verdict(1.0, "same text")
+        return Verdict(1.0, "same text", answer)
     if given is None:
         return Verdict(0.0, "no final answer")
     if len(given) > ANSWER_CHARACTERS:
-        return Verdict(0.0, f"final answer of {len(given)} characters, at most {ANSWER_CHARACTERS} are read")
+        why = f"final answer of {len(given)} characters, at most {ANSWER_CHARACTERS} are read"
+        return Verdict(0.0, why, given)
     return _number_verdict(given, answer, last_boxed(response[-TAIL_CHARACTERS:]) is not None)
 
 
@@ -217,28 +211,30 @@ def _number_verdict(given: str, answer: str, is_boxed: bool) -> Verdict | None:
             names = _NAMED.match(given), _NAMED.match(answer)
             if (names[0] and names[1]) or (_WORDS.search(given) and _WORDS.search(answer)):
                 return None  # their names and units are compared too
-            return Verdict(1.0, "same number")
+            return Verdict(1.0, "same number", given)
         return _another(given, answer)
     last = given.rsplit("=", 1)[-1]
     if _OPERATOR.search(last) and not _SCIENTIFIC.match(last.strip()) and not _PROSE.search(last):
-        return Verdict(0.0, "an expression that is not worked out")
+        return Verdict(0.0, "an expression that is not worked out", given)
     return None
 
 
 def _another(given: str, answer: str) -> Verdict | None:
     """Wrong, unless a unit or the rounding of a fraction could still make it right."""
     is_rounded = ("." in given) != ("." in answer) and ("/" in given + answer or "frac" in given + answer)
-    return None if _WORDS.search(given) or is_rounded else Verdict(0.0, "another number")
+    return None if _WORDS.search(given) or is_rounded else Verdict(0.0, "another number", given)
 
 
 def exact_verdict(response: str, answer: str) -> Verdict:
     """Right where the final answer is the gold answer, character by character but for runs of white space."""
     boxed = last_boxed(response[-TAIL_CHARACTERS:])
     given = boxed if boxed is not None else _marked(response)
-    if not answer.strip() or given is None:
-        return Verdict(0.0, "the gold answer is empty" if not answer.strip() else "no final answer")
+    if not answer.strip():
+        return Verdict(0.0, "the gold answer is empty", (given or "").strip())
+    if given is None:
+        return Verdict(0.0, "no final answer")
     same = given.split() == answer.split()
-    return Verdict(1.0, "same text") if same else Verdict(0.0, "another text")
+    return Verdict(float(same), "same text" if same else "another text", given.strip())
 
 
 def _marked(response: str) -> str | None:

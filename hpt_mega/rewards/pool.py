@@ -15,14 +15,16 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from hpt_mega.rewards.choice import choice_verdict, chosen
+from hpt_mega.rewards.choice import choice_verdict
 from hpt_mega.rewards.format import format_verdict
 from hpt_mega.rewards.function import is_dotted
-from hpt_mega.rewards.math import Verdict, exact_verdict, final_answer, quick_verdict, unboxed
+from hpt_mega.rewards.math import ANSWER_CHARACTERS, exact_verdict, final_answer, quick_verdict, unboxed
+from hpt_mega.rewards.verdict import Verdict
 
 # The verdict on (response, answer) by kind; None where workers are to compare.
 _IN_PROCESS: dict[str, Callable[[str, str], Verdict | None]] = {
@@ -37,13 +39,6 @@ KINDS = tuple(_IN_PROCESS)
 def is_kind(kind: str) -> bool:
     """Whether a kind is one of KINDS or could be a function's dotted path."""
     return kind in KINDS or is_dotted(kind)
-
-
-def extracted(kind: str, response: str) -> str:
-    """The final answer that a verdict of this kind is about, "" where the response has none."""
-    if kind == "choice":
-        return chosen(response) or ""
-    return final_answer(response) or ""
 
 
 def _request(kind: str, response: str, answer: str) -> dict[str, str]:
@@ -175,7 +170,12 @@ class RewardPool:
         }
         with self._turn:
             settled = self._compare(hard) if hard else {}
-        return [verdict if verdict is not None else settled[i] for i, verdict in enumerate(quick)]
+        # a function reads the whole response, of which the end stands for it
+        given = {i: request["given"][-ANSWER_CHARACTERS:].strip() for i, request in hard.items()}
+        return [
+            verdict if verdict is not None else replace(settled[i], given=given[i])
+            for i, verdict in enumerate(quick)
+        ]
 
     def _compare(self, hard: dict[int, dict[str, str]]) -> dict[int, Verdict]:
         """The workers' verdicts on {item: request}."""

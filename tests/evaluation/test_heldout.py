@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from hpt_mega.evaluation.heldout import Accuracy, evaluate, overall
-from hpt_mega.rewards.math import Verdict
+from hpt_mega.evaluation.sample import respond
+from hpt_mega.rewards.verdict import Verdict
 from hpt_mega.rollout.engine import Sample, SamplingParams
 from hpt_mega.trajectory import Question
 
@@ -30,7 +31,7 @@ class Scripted:
 
 
 def grade(texts: Sequence[str], answers: Sequence[str]) -> list[Verdict]:
-    return [Verdict(float(text == answer), "") for text, answer in zip(texts, answers, strict=True)]
+    return [Verdict(float(text == answer), "", text) for text, answer in zip(texts, answers, strict=True)]
 
 
 @pytest.mark.parametrize("n", [1, 5])
@@ -38,6 +39,8 @@ def test_accuracy_is_the_mean_over_questions_of_the_share_of_right_samples(n: in
     tasks = {1: "sums", 2: "sums", 3: "words", 4: "sums"}
     questions = [Question(str(i), task, "", "1", "", (i,), ()) for i, task in tasks.items()]
     found = evaluate(Scripted(), questions, SamplingParams(n, 4), grade, lambda tokens: str(tokens[0]))
+    groups = respond(Scripted(), questions, SamplingParams(n, 4), grade, lambda tokens: str(tokens[0]))
+    assert [int(one.given) for one in groups[0]] == list(RIGHT[1][:n])
     shares = {i: np.mean(RIGHT[i][:n]) for i in tasks}
     assert found["sums"].value == pytest.approx(np.mean([shares[i] for i in (1, 2, 4)]))
     total = overall(found)
