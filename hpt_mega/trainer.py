@@ -8,12 +8,14 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from hpt_mega.checkpoint.store import CheckpointStore
 from hpt_mega.config import Config
 from hpt_mega.data.loader import QuestionLoader
+from hpt_mega.data.templates import stop_tokens
 from hpt_mega.evaluation.heldout import NONE, Accuracy, evaluate, overall
 from hpt_mega.interruption import Interruption
 from hpt_mega.megatron.learner import Learner
@@ -51,6 +53,11 @@ class Trainer:
     health: Health
     step: int = 0  # optimizer steps done; also the policy's version
     asked: deque[tuple[Sequence[Question], Collect]] = field(default_factory=deque)  # from this step on
+
+    @cached_property
+    def stop_tokens(self) -> tuple[int, ...]:
+        """What ends a response, of rollouts and on held-out questions: as in `hpt eval`."""
+        return stop_tokens(self.cfg.data.template, self.tokenizer)
 
     def run(self) -> bool:
         """Train from `self.step` to the configured number of steps, evaluating and saving on the way.
@@ -156,7 +163,7 @@ class Trainer:
             max_new_tokens=rollout.max_new_tokens,
             temperature=rollout.temperature,
             top_p=rollout.top_p,
-            stop_tokens=(self.tokenizer.eos_token_id,),
+            stop_tokens=self.stop_tokens,
             seed=hash((self.cfg.seed, step, self.layout.dp_rank)) % 2**63,
         )
         return questions, self.engine.submit([question.prompt_tokens for question in questions], sampling)
@@ -213,7 +220,7 @@ class Trainer:
             max_new_tokens=self.cfg.rollout.max_new_tokens,
             temperature=asked.temperature,
             top_p=asked.top_p,
-            stop_tokens=(self.tokenizer.eos_token_id,),
+            stop_tokens=self.stop_tokens,
             seed=self.cfg.seed + self.layout.dp_rank,
         )
         with self.timer.phase("eval"):
