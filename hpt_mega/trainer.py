@@ -32,6 +32,8 @@ from hpt_mega.telemetry.metrics import PhaseTimer
 from hpt_mega.telemetry.run import RunLog
 from hpt_mega.trajectory import Question, Source, Trajectory
 
+HELD_OUT = -1  # in place of a step, where the held-out questions are asked
+
 
 @dataclass
 class Trainer:
@@ -164,7 +166,7 @@ class Trainer:
             temperature=rollout.temperature,
             top_p=rollout.top_p,
             stop_tokens=self.stop_tokens,
-            seed=hash((self.cfg.seed, step, self.layout.dp_rank)) % 2**63,
+            seed=self._seed(step),
         )
         return questions, self.engine.submit([question.prompt_tokens for question in questions], sampling)
 
@@ -221,7 +223,7 @@ class Trainer:
             temperature=asked.temperature,
             top_p=asked.top_p,
             stop_tokens=self.stop_tokens,
-            seed=self.cfg.seed + self.layout.dp_rank,
+            seed=self._seed(HELD_OUT),
         )
         with self.timer.phase("eval"):
             local = evaluate(self.engine, mine, sampling, self._grade, self.decode)
@@ -253,6 +255,10 @@ class Trainer:
 
     def decode(self, tokens: Sequence[int]) -> str:
         return str(self.tokenizer.decode(tokens, skip_special_tokens=True))
+
+    def _seed(self, step: int) -> int:
+        """Of a step's draws on this replica. An engine counts on from it, so it is far from any other."""
+        return hash((self.cfg.seed, step, self.layout.dp_rank)) % 2**63
 
     def _grade(self, texts: Sequence[str], answers: Sequence[str]) -> list[Verdict]:
         """Verdicts from the replica's leader, known to all its ranks."""

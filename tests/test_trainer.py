@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from hpt_mega.config import Config, DataConfig
+from hpt_mega.config import Config, DataConfig, EvaluationConfig
 from hpt_mega.evaluation.benchmarks import Benchmark
 from hpt_mega.evaluation.config import EvalConfig
 from hpt_mega.evaluation.journal import Journal
@@ -89,3 +89,28 @@ def test_a_model_is_sampled_with_the_stop_tokens_it_is_evaluated_with(
     assert {sampling.stop_tokens for _, sampling in engine.asked} == {
         tuple(tokenizer.convert_tokens_to_ids(ends))
     }
+
+
+def test_no_two_samples_of_any_replicas_steps_or_runs_share_a_seed() -> None:
+    seeds: list[int] = []
+    for seed in (5, 6):
+        for rank in range(3):
+            engine = Recording()
+            cfg = Config(seed=seed, evaluation=EvaluationConfig(samples=4, temperature=0.6))
+            training = trainer(cfg, engine, rank, 3)
+            training.evaluate()
+            for step in range(3):
+                training.ask(step)[1]()
+            # as engines have it: sample j of prompt i
+            seeds += [how.seed + i for prompts, how in engine.asked for i in range(prompts * how.n)]
+    assert len(seeds) == 2 * (7 * 4 + 3 * 3 * 3 * Config().rollout.rollouts_per_question)
+    assert len({seed % 2**62 for seed in seeds}) == len(seeds)
+
+
+def test_held_out_questions_are_drawn_alike_at_every_step() -> None:
+    engine = Recording()
+    training = trainer(Config(evaluation=EvaluationConfig(samples=2, temperature=0.6)), engine)
+    training.evaluate()
+    training.step = 7
+    training.evaluate()
+    assert engine.asked[0] == engine.asked[1]
