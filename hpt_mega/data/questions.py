@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 
-from hpt_mega.config import ColumnsConfig, DataConfig, TaskConfig
+from hpt_mega.config import DataConfig, SourceConfig, TaskConfig
 from hpt_mega.data.demonstrations import WRITERS, demonstration
 from hpt_mega.data.files import Message, read_records
 from hpt_mega.data.order import shares
 from hpt_mega.data.store import StoredQuestions, fingerprint, is_prepared
 from hpt_mega.data.templates import check, render
+from hpt_mega.suggestion import did_you_mean
 from hpt_mega.trajectory import Question
 
 if TYPE_CHECKING:
@@ -74,11 +75,16 @@ def load_questions(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Qu
     train: Sequence[Question] = generated_train
     heldout: Sequence[Question] = generated_heldout
     if config.train_file:
-        train = _read(config.train_file, config.columns, config.train_questions, config, tokenizer)
-    parts = [_read(part.file, part.columns, part.questions, config, tokenizer) for part in config.mixture]
+        source = SourceConfig(config.train_file, questions=config.train_questions, columns=config.columns)
+        train = _read(source, "data.train_questions", config, tokenizer)
+    parts = [
+        _read(part, f"data.mixture.{number}.questions", config, tokenizer)
+        for number, part in enumerate(config.mixture)
+    ]
     if config.heldout_file:
         columns, wanted = config.heldout_columns, config.heldout_questions
-        heldout = _read(config.heldout_file, columns, wanted, config, tokenizer)
+        source = SourceConfig(config.heldout_file, questions=wanted, columns=columns)
+        heldout = _read(source, "data.heldout_questions", config, tokenizer)
     # Mixed once here, so that any prefix of the held-out set is a fair sample of the mixture.
     heldout = _mixed(heldout, config.seed)
     train = Joined(parts) if parts else _mixed(train, config.seed + 1)
@@ -125,9 +131,10 @@ def _texts(questions: Sequence[Question]) -> set[str]:
 
 
 def _stored(
-    folder: Path, wanted: int, config: DataConfig, tokenizer: PreTrainedTokenizerBase
+    source: SourceConfig, key: str, config: DataConfig, tokenizer: PreTrainedTokenizerBase
 ) -> StoredQuestions:
-    """The first `wanted` questions of a prepared folder whose prompts and responses are short enough."""
+    """The first questions of a prepared folder whose prompts and responses are short enough."""
+    folder, wanted = Path(source.file), source.questions
     stored = StoredQuestions(folder)
     marks = fingerprint(tokenizer, config.template, config.instruction, config.keep_system)
     if stored.manifest["fingerprint"] != marks:
@@ -143,24 +150,25 @@ def _stored(
         print(f"data: {folder}: dropped {(~fits).sum()} questions above {limits} tokens")
     chosen = stored.choose(np.flatnonzero(fits)[:wanted])
     if len(chosen) < wanted:
-        raise ValueError(f"{folder} has {len(chosen)} usable questions, {wanted} are wanted; lower the wish")
+        raise ValueError(f"{folder} has {len(chosen)} usable questions, {wanted} are wanted; lower {key}")
     return chosen
 
 
 def _read(
-    source: str, columns: ColumnsConfig, wanted: int, config: DataConfig, tokenizer: PreTrainedTokenizerBase
+    source: SourceConfig, key: str, config: DataConfig, tokenizer: PreTrainedTokenizerBase
 ) -> Sequence[Question]:
-    """The first `wanted` distinct questions of a file or dataset whose prompts are short enough.
+    """The first distinct questions of a file or dataset whose prompts are short enough.
 
-    Their responses are cut as those of a prepared folder are.
+    Their responses are cut as those of a prepared folder are. `key` says how many are wanted.
     """
-    if is_prepared(source):
-        return _stored(Path(source), wanted, config, tokenizer)
+    if is_prepared(source.file):
+        return _stored(source, key, config, tokenizer)
+    file, wanted = source.file, source.questions
     questions: dict[str, Question] = {}
     long_prompts = cut = 0
     limit = config.max_demonstration_tokens
-    stem = Path(source).stem
-    for number, record in enumerate(read_records(source, columns)):
+    stem = Path(file).stem
+    for number, record in enumerate(read_records(file, source.columns)):
         if len(questions) == wanted:
             break
         earlier = [message for message in record.earlier if config.keep_system or message[0] != "system"]
@@ -179,13 +187,12 @@ def _read(
         )
         questions.setdefault(normalised(question.prompt), question)
     if long_prompts:
-        print(f"data: {source}: dropped {long_prompts} prompts above {config.max_prompt_tokens} tokens")
+        print(f"data: {file}: dropped {long_prompts} prompts above {config.max_prompt_tokens} tokens")
     if cut:
-        print(f"data: {source}: cut {cut} demonstrations to {limit} tokens")
+        print(f"data: {file}: cut {cut} demonstrations to {limit} tokens")
     if len(questions) < wanted:
         raise ValueError(
-            f"{source} has {len(questions)} distinct usable questions, {wanted} are wanted; lower "
-            "data.train_questions or data.heldout_questions"
+            f"{file} has {len(questions)} distinct usable questions, {wanted} are wanted; lower {key}"
         )
     return list(questions.values())
 
@@ -211,7 +218,8 @@ def _check_task(task: TaskConfig) -> None:
             f"data.tasks: weight of {task.label or task.name} is {task.weight}, expected above 0"
         )
     if task.name not in reasoning_gym.factory.DATASETS:
-        raise ValueError(f"data.tasks: reasoning-gym has no task {task.name!r}")
+        near = did_you_mean(task.name, reasoning_gym.factory.DATASETS)
+        raise ValueError(f"data.tasks: reasoning-gym has no task {task.name!r}{near}")
     if task.name not in WRITERS:
         known = ", ".join(sorted(WRITERS))
         raise ValueError(f"data.tasks: no demonstrations are known for {task.name!r}; known are {known}")

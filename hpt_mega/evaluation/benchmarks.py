@@ -19,6 +19,7 @@ from hpt_mega.data.templates import render
 from hpt_mega.evaluation.config import EvalConfig
 from hpt_mega.rewards.function import is_dotted, load_function
 from hpt_mega.rewards.pool import KINDS, is_kind
+from hpt_mega.suggestion import did_you_mean
 from hpt_mega.trajectory import Question
 
 GYM = "reasoning_gym:"
@@ -122,7 +123,8 @@ def _records(config: BenchmarkConfig, cfg: EvalConfig) -> Iterator[Record]:
 
     task = config.source.removeprefix(GYM)
     if task not in reasoning_gym.factory.DATASETS:
-        raise ValueError(f"reasoning-gym has no task {task!r}")
+        near = did_you_mean(task, reasoning_gym.factory.DATASETS)
+        raise ValueError(f"reasoning-gym has no task {task!r}{near}")
     size = cfg.questions or GYM_QUESTIONS
     for entry in reasoning_gym.create_dataset(task, seed=cfg.seed, size=size, **config.options):
         yield Record(prompt=entry["question"].strip(), answer=str(entry["answer"]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from hpt_mega.config import ConfigError, changes, conf_dir, fit, read_yaml, save
-from hpt_mega.lab.exercises import Portion
+from hpt_mega.lab.exercises import KINDS, Portion
 from hpt_mega.lab.models import FAMILIES, SIZES
 from hpt_mega.suggestion import did_you_mean
 
@@ -83,6 +84,12 @@ def read(name: str) -> LabConfig:
     for key, given, known in (("families", cfg.families, FAMILIES), ("sizes", cfg.sizes, SIZES)):
         if unknown := [one for one in given if one not in known]:
             raise ConfigError(f"lab: {key} has {unknown[0]!r}, expected {' or '.join(known)}")
+    for key, portion in _portions(cfg.data):
+        if portion.kind not in KINDS:
+            near = did_you_mean(portion.kind, KINDS)
+            raise ConfigError(f"lab: {key}.kind is {portion.kind!r}, expected {' or '.join(KINDS)}{near}")
+        if portion.size < 1:
+            raise ConfigError(f"lab: {key}.size is {portion.size}, expected 1 or above")
     for key, by_size in (("pretraining", cfg.pretraining), ("training", cfg.training)):
         if missing := [size for size in cfg.sizes if size not in by_size]:
             raise ConfigError(f"lab: {key} has nothing for size {missing[0]!r}; name its overrides")
@@ -103,6 +110,12 @@ def keep(cfg: LabConfig, folder: Path) -> None:
         )
     folder.mkdir(parents=True, exist_ok=True)
     save(cfg, path)
+
+
+def _portions(data: DataSets) -> Iterator[tuple[str, Portion]]:
+    for name in ("pretraining", "training", "heldout", "outside"):
+        for number, portion in enumerate(getattr(data, name)):
+            yield f"data.{name}.{number}", portion
 
 
 def _flat(ablations: dict[str, Variants]) -> Variants:

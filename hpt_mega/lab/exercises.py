@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from hpt_mega.config import ConfigError
 from hpt_mega.telemetry.records import write_atomically
 
 DRAWS_PER_EXERCISE = 50  # tried at most for each one wanted, before a kind counts as exhausted
@@ -130,8 +131,8 @@ def _columns(left: int, right: int) -> list[tuple[int, int]]:
 def draw(sets: Sequence[Sequence[Portion]], seed: int) -> list[list[Exercise]]:
     """The exercises of each set, in a random order; none is in two sets, none twice in one.
 
-    Sets that ask for the same kind and size share one stream of distinct questions. Raises ValueError for an
-    unknown kind, and where a kind cannot supply as many questions as are wanted.
+    Sets that ask for the same kind and size share one stream of distinct questions. Raises ConfigError where
+    a kind cannot supply as many as are wanted.
     """
     wanted: dict[tuple[str, int], int] = {}
     for portion in (portion for portions in sets for portion in portions):
@@ -148,8 +149,6 @@ def draw(sets: Sequence[Sequence[Portion]], seed: int) -> list[list[Exercise]]:
 
 
 def _distinct(kind: str, size: int, count: int, seed: int) -> list[Exercise]:
-    if kind not in KINDS:
-        raise ValueError(f"unknown kind of exercise {kind!r}; known: {', '.join(KINDS)}")
     random_ = random.Random(f"{seed} {kind} {size}")  # a text, whose hash is the same in every process
     found: dict[str, Exercise] = {}
     for _ in range(DRAWS_PER_EXERCISE * count):
@@ -159,8 +158,9 @@ def _distinct(kind: str, size: int, count: int, seed: int) -> list[Exercise]:
         named = Exercise(exercise.prompt, exercise.answer, exercise.work, f"{kind} {size}")
         found.setdefault(exercise.prompt, named)
     if len(found) < count:
-        raise ValueError(
-            f"{kind} {size} has {len(found)} different questions, {count} are wanted; lower them"
+        raise ConfigError(
+            f"lab: kind {kind} of size {size} has {len(found)} different questions and the sets of data take "
+            f"{count}; lower their counts"
         )
     return list(found.values())
 

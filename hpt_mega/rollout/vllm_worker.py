@@ -50,7 +50,10 @@ class BucketTransfer(WeightTransferEngine[InitInfo, UpdateInfo]):
     def init_transfer_engine(self, init_info: InitInfo) -> None:
         self._plan = Plan.parse(init_info.plan)
         if self._plan.digest != init_info.digest:
-            raise TransferError(f"the plan's digest is {self._plan.digest}, announced {init_info.digest}")
+            raise TransferError(
+                f"the plan's digest is {self._plan.digest}, announced {init_info.digest}; install the same "
+                "version of hpt_mega for this server as for the trainer"
+            )
         self._buckets: SharedBuckets | NetworkBuckets
         if init_info.meeting is None:
             self._buckets = SharedBuckets(init_info.path, self._plan.bucket_bytes)

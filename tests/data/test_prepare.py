@@ -134,7 +134,7 @@ def test_another_prompt_than_the_runs_is_refused(prepared: tuple[Path, dict[str,
     )
     with pytest.raises(ValueError, match="was prepared with another tokenizer, template, instruction"):
         load_questions(replace(config, instruction="Box it."), byte_tokenizer())
-    with pytest.raises(ValueError, match=r"has \d+ usable questions, 900 are wanted"):
+    with pytest.raises(ValueError, match=r"has \d+ usable questions, 900 are wanted; lower data\.train_q"):
         load_questions(replace(config, train_questions=900), byte_tokenizer())
 
 

@@ -131,6 +131,7 @@ def test_long_demonstrations_are_left_out(tokenizer: PreTrainedTokenizerFast) ->
         ([TaskConfig("telepathy")], "no task 'telepathy'"),
         ([TaskConfig("chain_sum", weight=0.0)], "weight of chain_sum is 0.0"),
         ([TaskConfig("chess")], "no task 'chess'"),
+        ([TaskConfig("chain_summ")], "no task 'chain_summ'; did you mean chain_sum"),
     ],
 )
 def test_impossible_mixtures_are_refused(
@@ -162,7 +163,9 @@ def test_a_file_takes_the_place_of_the_tasks_and_brings_rejected_responses(
     third = next(question for question in questions.train if question.prompt == "3 + 1?")
     assert tokenizer.decode(third.rejected_tokens) == "3<e>"
     assert tokenizer.decode(third.demonstration_tokens) == "4<e>"
-    with pytest.raises(ValueError, match="has 4 distinct usable questions, 5 are wanted"):
+    with pytest.raises(
+        ValueError, match=r"has 4 distinct usable questions, 5 are wanted; lower data\.train_q"
+    ):
         load_questions(replace(wanted, train_questions=5), tokenizer)
 
 
@@ -219,3 +222,6 @@ def test_a_mixture_of_files_keeps_its_parts_apart(tokenizer: PreTrainedTokenizer
     assert [question.prompt for question in loaded.train[3:5]] == ["a 3?", "b 0?"]
     with pytest.raises(IndexError):
         loaded.train[7]
+    mixture[1].questions = 4
+    with pytest.raises(ValueError, match=r"4 are wanted; lower data\.mixture\.1\.questions"):
+        load_questions(replace(config(EASY, heldout=3), mixture=mixture), tokenizer)

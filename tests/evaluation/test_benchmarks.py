@@ -71,6 +71,8 @@ def test_a_generated_task_is_the_same_for_a_seed(tokenizer: PreTrainedTokenizerF
     assert first.k == 8 and first.kind == "math" and len(first.questions) == 3
     with pytest.raises(ConfigError, match="reasoning-gym has no task 'chess'"):
         load_benchmarks(cfg("reasoning_gym:chess"), tokenizer)
+    with pytest.raises(ConfigError, match=r"no task 'gsm_symbolc'; did you mean gsm_symbolic\?"):
+        load_benchmarks(cfg("reasoning_gym:gsm_symbolc"), tokenizer)
 
 
 def test_every_suite_of_the_paper_has_a_config_with_its_number_of_samples() -> None:

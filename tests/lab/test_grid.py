@@ -131,3 +131,24 @@ def test_stages_that_do_not_divide_the_steps_are_refused(
     with pytest.raises(ConfigError, match="both has 2 stages that share 7 steps"):
         read("odd")
     assert LabConfig().cells == []
+
+
+@pytest.mark.parametrize(
+    ("portion", "expected"),
+    [
+        (
+            "{kind: summ, size: 2, count: 3}",
+            r"lab: data\.training\.1\.kind is 'summ', .*; did you mean sum\?",
+        ),
+        ("{kind: sum, size: 0, count: 3}", r"lab: data\.training\.1\.size is 0, expected 1 or above"),
+    ],
+)
+def test_exercises_that_cannot_be_made_are_refused_by_their_key(
+    portion: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "lab").mkdir()
+    good = "{kind: chain, size: 2, count: 3}"
+    (tmp_path / "lab" / "odd.yaml").write_text(f"data: {{training: [{good}, {portion}]}}")
+    monkeypatch.setattr("hpt_mega.lab.config.conf_dir", lambda: tmp_path)
+    with pytest.raises(ConfigError, match=expected):
+        read("odd")
