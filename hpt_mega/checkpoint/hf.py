@@ -22,6 +22,7 @@ from hpt_mega.checkpoint.safetensors import (
     Slot,
     Spec,
     header_of,
+    member,
     read_header,
     read_into,
     write_from,
@@ -121,7 +122,7 @@ class HFCheckpoint:
         if not index.is_file():
             return self._locate_without_index()
         weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
-        files = {file: self.folder / file for file in dict.fromkeys(weight_map.values())}
+        files = {file: member(self.folder, file) for file in dict.fromkeys(weight_map.values())}
         if absent := [file for file, path in files.items() if not path.is_file()]:
             raise FileNotFoundError(f"{index} names files that are not there: {', '.join(sorted(absent))}")
         found = {name: (path, slot) for path in files.values() for name, slot in read_header(path).items()}
@@ -148,7 +149,8 @@ class HFWriter:
     """Writes a folder's safetensors, whose tensors are known beforehand, a tensor at a time in any order.
 
     Several writers, one after another or in several processes, may fill the same folder. `weight_map` gives
-    tensors their files; without one they are put into files of `shard_bytes`.
+    tensors their files; without one they are put into files of `shard_bytes`. Raises ValueError where it
+    names a file outside the folder.
     """
 
     def __init__(
@@ -165,11 +167,12 @@ class HFWriter:
         self._tensors = tensors
         self._slots: dict[str, Slot] = {}
         self._files: dict[str, BinaryIO] = {}
-        for file in dict.fromkeys(weight_map.values()):
+        paths = {file: member(folder, file) for file in weight_map.values()}
+        for file, path in paths.items():
             its = {name: tensors[name] for name, its_file in weight_map.items() if its_file == file}
             header, slots = header_of(its)
             size = len(header) + sum(spec.nbytes for spec in its.values())
-            self._files[file] = self._open(folder / file, header, size)
+            self._files[file] = self._open(path, header, size)
             self._slots |= slots
 
     def __enter__(self) -> HFWriter:

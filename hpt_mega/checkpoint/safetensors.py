@@ -61,6 +61,16 @@ class Spec:
         return groups > 0 and (tensor.dtype, tuple(sizes)) == (self.dtype, self.shape)
 
 
+def member(folder: Path, name: str) -> Path:
+    """A folder's file by the name that an index gives. Raises ValueError where it could lie elsewhere."""
+    if name in ("", ".", "..") or Path(name).name != name:
+        raise ValueError(
+            f"the index of {folder} names the file {name!r}, expected the name of a file in the folder "
+            "itself: with others a checkpoint could reach any file. Correct the index, or do not use it"
+        )
+    return folder / name
+
+
 @dataclass(frozen=True)
 class Slot:
     """A tensor's place in a file."""

@@ -32,7 +32,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from hpt_mega.checkpoint.layout import TargetLayout
 from hpt_mega.checkpoint.megatron_folder import TORCH_DIST
-from hpt_mega.checkpoint.safetensors import Spec, read_into, write_bytes, write_from
+from hpt_mega.checkpoint.safetensors import Spec, member, read_into, write_bytes, write_from
 from hpt_mega.checkpoint.scratch import Scratch
 from hpt_mega.resharding.mapping import Entry, MappingError, ModelShape
 
@@ -317,7 +317,7 @@ class TorchDistReader:
     def _read(self, key: str, chunk: ChunkStorageMetadata, target: Tensor) -> None:
         """Fill `target` with a chunk, straight from the file where both lie in row order."""
         info = self._metadata.storage_data[MetadataIndex(key, chunk.offsets)]
-        path = self._folder / info.relative_path
+        path = member(self._folder, info.relative_path)
         with path.open("rb", buffering=0) as file:
             if info.offset + info.length > path.stat().st_size:
                 raise ValueError(

@@ -7,6 +7,7 @@ import filecmp
 import json
 import multiprocessing
 import os
+import pickle
 import shutil
 import signal
 import subprocess
@@ -158,6 +159,35 @@ def test_a_missing_index_and_a_missing_file_are_errors(damage: Damage) -> None:
     (damage.hf / "model.safetensors.index.json").write_text(index)
     next(damage.hf.glob("model-00002*")).unlink()
     damage.must_fail("not there: model-00002")
+
+
+@pytest.mark.parametrize("way", ["a relative path", "an absolute path", "no name"])
+def test_an_index_cannot_name_a_file_outside_its_folder(way: str, damage: Damage, tmp_path: Path) -> None:
+    """Neither for reading nor, where a Megatron checkpoint brought the index along, for writing over it."""
+    hf_to_megatron(damage.hf, damage.out, TargetLayout(), silent)
+    precious = tmp_path / "precious"
+    shutil.move(damage.hf / "model.safetensors", precious)
+    before = precious.read_bytes()
+    name = {"a relative path": "../../../precious", "an absolute path": str(precious), "no name": ".."}[way]
+    index = json.dumps({"weight_map": dict.fromkeys(load_file(precious), name)})
+    for folder in (damage.hf, damage.out / "hf"):
+        (folder / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(ValueError, match="expected the name of a file in the folder "):
+        megatron_to_hf(damage.out, tmp_path / "a" / "b", None, silent)
+    assert precious.read_bytes() == before
+    shutil.rmtree(damage.out)
+    damage.must_fail("expected the name of a file in the folder ")
+
+
+def test_a_megatron_checkpoint_cannot_name_a_file_outside_its_folder(damage: Damage, tmp_path: Path) -> None:
+    hf_to_megatron(damage.hf, damage.out, TargetLayout(), silent)
+    description = damage.out / "release" / ".metadata"
+    content = pickle.loads(description.read_bytes())
+    for info in content.storage_data.values():
+        info.relative_path = f"../release/{info.relative_path}"
+    description.write_bytes(pickle.dumps(content))
+    with pytest.raises(ValueError, match="expected the name of a file in the folder "):
+        megatron_to_hf(damage.out, tmp_path / "back", None, silent)
 
 
 def test_an_unknown_architecture_lists_the_known(damage: Damage) -> None:
