@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import selectors
+import signal
 import subprocess
 import sys
 import threading
@@ -66,6 +67,7 @@ class _Worker:
             stderr=subprocess.DEVNULL,
             env={**os.environ, "PYTHONPATH": path, "PYTHONHASHSEED": "0"},  # sympy orders by hash
             bufsize=0,
+            start_new_session=True,  # for kill()
         )
         assert self.process.stdout is not None and self.process.stdin is not None
         self.replies = self.process.stdout
@@ -105,7 +107,9 @@ class _Worker:
         return reply
 
     def kill(self) -> None:
-        self.process.kill()
+        """End the process and what it has started, such as code under judgement that hangs."""
+        if self.process.returncode is None:  # until wait() its number is no other process's
+            os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
         self.requests.close()
         self.replies.close()

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 NUMBER = 7
 
@@ -28,3 +31,10 @@ def hungry(response: str, answer: str) -> float:
 
 def broken(response: str, answer: str) -> float:
     return {"nan": float("nan"), "two": 2.0}.get(response) or 1 / 0
+
+
+def judge(response: str, answer: str) -> float:
+    """Runs the response as a program, and keeps its process's number in the file `answer`."""
+    program = subprocess.Popen([sys.executable, "-I", "-S", "-c", response])
+    Path(answer).write_text(str(program.pid))
+    return float(program.wait() == 0)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from hpt_mega.rewards import RewardPool
@@ -40,6 +43,24 @@ def test_it_is_ended_at_its_deadline_and_the_others_keep_their_rewards() -> None
         assert time.monotonic() - started < DEADLINE_S + 2
     assert [verdict.reward for verdict in verdicts] == [1.0, 0.0, 1.0]
     assert verdicts[1].why == "deadline of 2 s"
+
+
+def test_what_it_started_is_ended_with_it_at_the_deadline(tmp_path: Path) -> None:
+    number = tmp_path / "number"
+    with RewardPool(f"{OWN}.judge", deadline_s=DEADLINE_S) as pool:
+        [verdict] = pool.verdicts(["import time; time.sleep(600)"], [str(number)])
+        assert verdict.why == "deadline of 2 s"
+        assert ends(int(number.read_text()))
+
+
+def ends(pid: int) -> bool:
+    """Whether the process ends within 30 s; its exit code may be left for somebody to ask for."""
+    for _ in range(300):
+        if not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
+            return True
+        time.sleep(0.1)
+    os.kill(pid, signal.SIGKILL)
+    return False
 
 
 def test_what_it_raises_or_wrongly_returns_is_a_reward_of_nothing_with_the_reason() -> None:
