@@ -101,8 +101,11 @@ def _by_function(request: dict[str, str], functions: dict[str, Function]) -> tup
 
 def main() -> int:
     deadline_s, memory_mib = float(sys.argv[1]), int(sys.argv[2])
-    replies = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # whatever a parser prints must not mix with the replies
+    # What a parser prints must not mix with the replies, and what a function starts must not read requests.
+    requests, replies = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w", buffering=1)
+    nothing = os.open(os.devnull, os.O_RDWR)
+    for stream in (0, 1):
+        os.dup2(nothing, stream)
     functions: dict[str, Function] = {}
     try:
         compare = symbolic_comparison(deadline_s)
@@ -116,7 +119,7 @@ def main() -> int:
         return 1
     limit_resources(memory_mib)
     replies.write(json.dumps({"ready": True}) + "\n")
-    for line in sys.stdin:
+    for line in requests:
         request = json.loads(line)
         # A big-integer power holds the interpreter for minutes, deaf to Python signal handlers. This timer
         # ends such a process even when the trainer that would have killed it is gone.

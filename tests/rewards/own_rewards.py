@@ -38,3 +38,9 @@ def judge(response: str, answer: str) -> float:
     program = subprocess.Popen([sys.executable, "-I", "-S", "-c", response])
     Path(answer).write_text(str(program.pid))
     return float(program.wait() == 0)
+
+
+def overheard(response: str, answer: str) -> tuple[float, str]:
+    """What a program reads from the standard input that it inherits."""
+    heard = subprocess.run(["cat"], stdout=subprocess.PIPE, check=True).stdout
+    return float(not heard), heard.decode()

@@ -53,6 +53,12 @@ def test_what_it_started_is_ended_with_it_at_the_deadline(tmp_path: Path) -> Non
         assert ends(int(number.read_text()))
 
 
+def test_what_it_started_reads_no_requests() -> None:
+    with RewardPool(f"{OWN}.overheard", deadline_s=DEADLINE_S) as pool:
+        [verdict] = pool.verdicts(["a"], ["b"])
+    assert (verdict.reward, verdict.why) == (1.0, "")
+
+
 def ends(pid: int) -> bool:
     """Whether the process ends within 30 s; its exit code may be left for somebody to ask for."""
     for _ in range(300):
