@@ -1,6 +1,10 @@
 """A reward function of the user's own, named by its dotted path; it runs in the reward workers.
 
 def reward(response: str, answer: str) -> float | tuple[float, str]     # 0 to 1, and why
+
+It may do what the user may. Code that it runs is not shown the run's secrets: environment variables whose
+names say key, token, secret or password (HPT_ROLLOUT_KEY, HF_TOKEN) are left out, and a key that it needs
+itself it reads from a file. What it starts is ended with its worker, at the deadline or as the run ends.
 """
 
 from __future__ import annotations

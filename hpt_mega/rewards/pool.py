@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import selectors
 import signal
 import subprocess
@@ -54,18 +55,28 @@ START_FAILURES = 3  # in a row, of workers that end before they are ready
 START_DEADLINE_S = 120.0  # importing sympy on a loaded machine
 
 
+# Keys of servers and services, which code under judgement has no business with.
+_SECRET = re.compile(r"(^|_)(KEY|TOKEN|SECRET)S?(_|$)|PASSWORD", re.IGNORECASE)
+
+
+def _environment() -> dict[str, str]:
+    """A worker's: ours without secrets."""
+    root = str(Path(__file__).parents[2])
+    path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))
+    public = {name: value for name, value in os.environ.items() if not _SECRET.search(name)}
+    return public | {"PYTHONPATH": path, "PYTHONHASHSEED": "0"}  # sympy orders by hash
+
+
 class _Worker:
     """One worker process and its item. Pipes of JSON lines: no pickle, and __main__ is not imported again."""
 
     def __init__(self, deadline_s: float, memory_mib: int, function: str = "") -> None:
-        root = str(Path(__file__).parents[2])
-        path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))
         self.process = subprocess.Popen(
             [sys.executable, "-m", "hpt_mega.rewards.worker", str(deadline_s), str(memory_mib), function],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            env={**os.environ, "PYTHONPATH": path, "PYTHONHASHSEED": "0"},  # sympy orders by hash
+            env=_environment(),
             bufsize=0,
             start_new_session=True,  # for kill()
         )

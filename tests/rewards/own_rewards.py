@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -44,3 +45,9 @@ def overheard(response: str, answer: str) -> tuple[float, str]:
     """What a program reads from the standard input that it inherits."""
     heard = subprocess.run(["cat"], stdout=subprocess.PIPE, check=True).stdout
     return float(not heard), heard.decode()
+
+
+def known(response: str, answer: str) -> tuple[float, str]:
+    """Which of the environment variables in the response it is told."""
+    found = [name for name in response.split() if name in os.environ]
+    return float(not found), " ".join(found)

@@ -59,6 +59,23 @@ def test_what_it_started_reads_no_requests() -> None:
     assert (verdict.reward, verdict.why) == (1.0, "")
 
 
+def test_it_is_told_no_secrets_of_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    secrets = [
+        "HPT_ROLLOUT_KEY",
+        "HF_TOKEN",
+        "AWS_SECRET_ACCESS_KEY",
+        "AWS_ACCESS_KEY_ID",
+        "PGPASSWORD",
+        "api_keys",
+    ]
+    others = ["MY_TOKENIZER", "KEYBOARD", "OMP_NUM_THREADS"]
+    for name in (*secrets, *others):
+        monkeypatch.setenv(name, "1")
+    with RewardPool(f"{OWN}.known", deadline_s=DEADLINE_S) as pool:
+        [verdict] = pool.verdicts([" ".join(secrets + others)], [""])
+    assert verdict.why.split() == others
+
+
 def ends(pid: int) -> bool:
     """Whether the process ends within 30 s; its exit code may be left for somebody to ask for."""
     for _ in range(300):
