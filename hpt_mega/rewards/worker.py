@@ -12,7 +12,10 @@ import re
 import resource
 import signal
 import sys
+import threading
+import time
 from collections.abc import Callable
+from typing import NoReturn
 
 from hpt_mega.rewards.compare import Outcome
 from hpt_mega.rewards.compare import compare as compare_values
@@ -42,6 +45,29 @@ def limit_resources(memory_mib: int) -> None:
     )  # Ctrl-C goes to the trainer, which ends us by closing the pipe
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # the trainer's; srun sends it to all that a task started
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
+
+
+def die_with_pool() -> None:
+    """From now on this process, and what it started, ends within a second of the process that started it.
+
+    Also while a function sleeps or waits for a program. The kernel's parent-death signal would come as soon
+    as the thread that started us ends, which the pool may outlive.
+    """
+    pool = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == pool:
+            time.sleep(1.0)
+        _end_session()
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _end_session() -> NoReturn:
+    """End this process with all that it started, where pool.py gave it a session of its own."""
+    if os.getsid(0) == os.getpid():
+        os.killpg(0, signal.SIGKILL)
+    os._exit(0)
 
 
 def is_mathematical(text: str) -> bool:
@@ -100,6 +126,7 @@ def _by_function(request: dict[str, str], functions: dict[str, Function]) -> tup
 
 
 def main() -> int:
+    die_with_pool()
     deadline_s, memory_mib = float(sys.argv[1]), int(sys.argv[2])
     # What a parser prints must not mix with the replies, and what a function starts must not read requests.
     requests, replies = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w", buffering=1)
@@ -130,7 +157,7 @@ def main() -> int:
             reward, why = compare(request["given"], request["answer"])
         signal.setitimer(signal.ITIMER_PROF, 0)
         replies.write(json.dumps({"reward": reward, "why": why}) + "\n")
-    return 0
+    _end_session()
 
 
 if __name__ == "__main__":

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -51,6 +53,24 @@ def test_what_it_started_is_ended_with_it_at_the_deadline(tmp_path: Path) -> Non
         [verdict] = pool.verdicts(["import time; time.sleep(600)"], [str(number)])
         assert verdict.why == "deadline of 2 s"
         assert ends(int(number.read_text()))
+
+
+def test_it_and_what_it_started_end_when_the_run_is_killed(tmp_path: Path) -> None:
+    number = tmp_path / "number"
+    script = (
+        "from hpt_mega.rewards import RewardPool\n"
+        f"pool = RewardPool('{OWN}.judge', deadline_s=600)\n"
+        f"pool.verdicts(['import time; time.sleep(600)'], ['{number}'])"
+    )
+    run = subprocess.Popen([sys.executable, "-c", script])
+    while not (number.is_file() and number.read_text()):
+        assert run.poll() is None
+        time.sleep(0.05)
+    program = psutil.Process(int(number.read_text()))
+    worker = program.ppid()
+    run.kill()
+    run.wait()
+    assert ends(worker) and ends(program.pid)
 
 
 def test_what_it_started_reads_no_requests() -> None:
