@@ -268,7 +268,7 @@ class TrainerConfig:
     checkpoint_format: str = "dp_reshardable"
     deterministic: bool = False  # the same bits in every run; on GPUs at the price of slower algorithms
     export_hf: bool = True
-    deadline_s: float = 600.0  # longest wait for another rank in one phase
+    deadline_s: float = 600.0  # longest wait for another rank in one phase; grading may take half of it
 
 
 @dataclass

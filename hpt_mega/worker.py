@@ -50,6 +50,7 @@ from hpt_mega.trainer import Trainer  # noqa: E402
 from hpt_mega.trajectory import Question, Source, Trajectory  # noqa: E402
 
 PROBE_TEXTS = 2  # texts that trainer and servers both score after every update
+GRADING_SHARE = 0.5  # of trainer.deadline_s; the rest is for replicas that were done with sampling earlier
 PROBE_BOUND = {"bf16": 0.15, "fp16": 0.05, "fp32": 1e-3}  # mean gap of their log-probabilities
 
 
@@ -115,11 +116,7 @@ def build_trainer(
         load_hf(model, HFCheckpoint(weights), family, shape, layout)
     tokenizer = AutoTokenizer.from_pretrained(companions)
     questions = load_questions(cfg.data, tokenizer)
-    rewards = (
-        RewardPool(cfg.reward.kind, cfg.reward.workers, cfg.reward.deadline_s, cfg.reward.memory_mib)
-        if layout.is_leader
-        else None
-    )
+    rewards = build_rewards(cfg) if layout.is_leader else None
     learner = build_learner(cfg, layout, model, shape)
     return Trainer(
         cfg=cfg,
@@ -147,6 +144,12 @@ def build_trainer(
         interruption=interruption,
         health=Health(Path(cfg.run_dir)),
     )
+
+
+def build_rewards(cfg: Config) -> RewardPool:
+    """The graders of a replica, which are done before its other ranks would give up waiting."""
+    reward, budget_s = cfg.reward, GRADING_SHARE * cfg.trainer.deadline_s
+    return RewardPool(reward.kind, reward.workers, reward.deadline_s, reward.memory_mib, budget_s)
 
 
 def build_engine(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import re
 import selectors
@@ -16,7 +17,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -132,12 +133,18 @@ class RewardPool:
     kind: one of KINDS, or the dotted path of a function as in function.py. workers: number of processes for
     such functions, and for the answers that exact arithmetic cannot settle; memory_mib caps the address space
     of each. deadline_s: wall seconds one answer may take; a worker that overruns it is killed and replaced,
-    and the answer gets reward 0. Threads may share a pool: they take turns. Raises ValueError for an unknown
-    kind or impossible numbers.
+    and the answer gets reward 0. budget_s: wall seconds that one call may take; what the workers have not
+    settled by then gets reward 0 too. Threads may share a pool: they take turns. Raises ValueError for an
+    unknown kind or impossible numbers.
     """
 
     def __init__(
-        self, kind: str = "math", workers: int = 1, deadline_s: float = 5.0, memory_mib: int = MEMORY_MIB
+        self,
+        kind: str = "math",
+        workers: int = 1,
+        deadline_s: float = 5.0,
+        memory_mib: int = MEMORY_MIB,
+        budget_s: float = math.inf,
     ) -> None:
         if not is_kind(kind):
             known = ", ".join(KINDS)
@@ -150,6 +157,7 @@ class RewardPool:
         self._kind = kind
         self._deadline_s = deadline_s
         self._memory_mib = memory_mib
+        self._budget_s = budget_s
         self._function = "" if kind in KINDS else kind
         self._turn = threading.Lock()
         self._start_failures = 0
@@ -164,8 +172,9 @@ class RewardPool:
     def verdicts(
         self, responses: Sequence[str], answers: Sequence[str], kinds: Sequence[str] | None = None
     ) -> list[Verdict]:
-        """Rewards with reasons, in order. Takes at most about deadline_s * hard answers / workers seconds.
+        """Rewards with reasons, in order.
 
+        Takes at most about deadline_s * hard answers / workers seconds, or budget_s where that is less.
         kinds: one a response, where they differ from the pool's.
         Raises ValueError on unequal lengths, RuntimeError where no worker starts or the pool is closed.
         """
@@ -196,13 +205,17 @@ class RewardPool:
         """The workers' verdicts on {item: request}."""
         waiting = deque(hard)
         settled: dict[int, Verdict] = {}
+        end = time.monotonic() + self._budget_s
         while len(settled) < len(hard):
+            if time.monotonic() >= end:
+                self._give_up(hard, settled)
+                break
             for worker in self._workers:
                 if worker.ready and worker.item is None and waiting:
                     item = waiting.popleft()
                     worker.send(item, hard[item], self._deadline_s)
             busy = [worker for worker in self._workers if worker.is_awaited]
-            for worker in self._readable(busy):
+            for worker in self._readable(busy, end):
                 self._take_reply(worker, settled)
             for worker in busy:
                 if worker.replies.closed or not worker.is_awaited:
@@ -212,9 +225,9 @@ class RewardPool:
         return settled
 
     @staticmethod
-    def _readable(busy: list[_Worker]) -> list[_Worker]:
+    def _readable(busy: list[_Worker], end: float) -> list[_Worker]:
         """The workers with something to read, as soon as there is one or the first deadline has come."""
-        wait_s = max(0.0, min(worker.must_reply_by for worker in busy) - time.monotonic())
+        wait_s = max(0.0, min(end, *(worker.must_reply_by for worker in busy)) - time.monotonic())
         with selectors.DefaultSelector() as selector:
             for worker in busy:
                 selector.register(worker.replies, selectors.EVENT_READ, worker)
@@ -248,6 +261,13 @@ class RewardPool:
             settled[worker.item] = Verdict(0.0, why)
         fresh = _Worker(self._deadline_s, self._memory_mib, self._function)
         self._workers[self._workers.index(worker)] = fresh
+
+    def _give_up(self, hard: Iterable[int], settled: dict[int, Verdict]) -> None:
+        """Counts all that is not settled as wrong."""
+        why = f"not graded within {self._budget_s:g} s, which is all that a step's answers may take together"
+        for worker in [worker for worker in self._workers if worker.item is not None]:
+            self._replace(worker, why, settled)
+        settled |= {item: Verdict(0.0, why) for item in hard if item not in settled}
 
     def close(self) -> None:
         """Ends the workers. Further calls of close() do nothing."""

@@ -47,6 +47,18 @@ def test_it_is_ended_at_its_deadline_and_the_others_keep_their_rewards() -> None
     assert verdicts[1].why == "deadline of 2 s"
 
 
+def test_a_step_is_graded_within_its_budget_and_what_is_left_earns_nothing() -> None:
+    with RewardPool(f"{OWN}.slow", workers=2, deadline_s=60.0, budget_s=1.5) as pool:
+        while pool.score(["a"], [""]) == [0.0]:
+            pass  # the workers are starting
+        started = time.monotonic()
+        verdicts = pool.verdicts(["a", "hang", "hang", "b", "c"], [""] * 5)
+        assert time.monotonic() - started < 1.5 + 2
+        assert [verdict.reward for verdict in verdicts] == [1.0, 0.0, 0.0, 0.0, 0.0]
+        assert {verdict.why.partition(",")[0] for verdict in verdicts[1:]} == {"not graded within 1.5 s"}
+        assert not any(worker.item is not None for worker in pool._workers)
+
+
 def test_what_it_started_is_ended_with_it_at_the_deadline(tmp_path: Path) -> None:
     number = tmp_path / "number"
     with RewardPool(f"{OWN}.judge", deadline_s=DEADLINE_S) as pool:
