@@ -30,7 +30,7 @@ Sum = tuple[int, str]  # bytes, digest
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint that could not be written, for a reason that is not the storage's."""
+    """A checkpoint that could not be written, for a reason that is not the storage's; or none is whole."""
 
 
 class Writer(Protocol):
@@ -74,15 +74,24 @@ class CheckpointStore:
     def latest_whole(self) -> int | None:
         """The newest checkpoint whose files are what was written; all ranks call it, and share the reading.
 
-        Rank 0 says which newer ones are damaged, and how; they stay where they are.
+        None where no checkpoint was written yet. Rank 0 says which newer ones are damaged, and how; they stay
+        where they are. Raises CheckpointError, on all ranks, where all are damaged.
         """
+        damaged: list[str] = []
         for step in reversed(_from_first_rank(self.steps())):
             damage = [line for part in _gathered(self._damage_of_my_share(step)) for line in part]
             if not damage:
+                if damaged and dist.get_rank() == 0:
+                    print("\n".join([*damaged, f"going back to that of step {step}"]), flush=True)
                 return int(step)
-            if dist.get_rank() == 0:
-                print(f"checkpoint {self.path(step)} is damaged: {'; '.join(damage[:4])}", flush=True)
-                print("going back to the one before it", flush=True)
+            damaged.append(f"checkpoint {self.path(step)} is damaged: {'; '.join(damage[:4])}")
+        if damaged:
+            lines = "\n".join(damaged)
+            raise CheckpointError(
+                f"there is no whole checkpoint to go on from:\n{lines}\nA run from the start would "
+                "empty its metrics and samples: restore one of them, or ask for that with resume=never "
+                "(another run_dir keeps them)"
+            )
         return None
 
     def begin(self, step: int, make: Callable[[Path], Writer]) -> None:

@@ -89,6 +89,19 @@ def test_resuming_goes_around_a_damaged_checkpoint_and_says_so(
     assert capsys.readouterr().out.count("; whole") == 2
 
 
+@pytest.mark.usefixtures("alone")
+def test_a_run_whose_checkpoints_are_all_damaged_is_not_begun_anew(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, keep=3)
+    assert store.latest_whole() is None
+    for step in (5, 10):
+        write(store, step)
+        (store.path(step) / "rank0").unlink()
+    damaged = r"(?s)no whole checkpoint .*step_000010 is damaged: rank0 is missing.*000005.*resume=never"
+    with pytest.raises(CheckpointError, match=damaged):
+        store.latest_whole()
+    assert store.steps() == [5, 10]
+
+
 def no_room(path: Path, data: bytes) -> int:
     raise full()
 
