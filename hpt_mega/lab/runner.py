@@ -20,7 +20,6 @@ from pathlib import Path
 
 from hpt_mega.config import ConfigError
 from hpt_mega.lab.grid import Job, Run
-from hpt_mega.launch import single_rank_environment
 from hpt_mega.rollout.process import die_with_parent
 from hpt_mega.telemetry.terminal import duration
 
@@ -85,7 +84,6 @@ class Worker:
             stderr=subprocess.DEVNULL,  # each job has its own log
             env={
                 **os.environ,
-                **single_rank_environment(),
                 "OMP_NUM_THREADS": "1",
                 "PYTHONPATH": path,
             },
@@ -119,36 +117,47 @@ def execute(runs: Sequence[Run], workers: int, deadline_s: float) -> list[str]:
         thread.start()
     for thread in threads:
         thread.join()
-    return progress.failures
+    for run in runs:
+        if not run.is_done and run not in progress.failures:
+            progress.failed(run, "the thread that was to do it has ended")
+    return [f"{run.name}: {why}" for run, why in progress.failures.items()]
 
 
 def _work(todo: queue.SimpleQueue[Run], progress: Progress, deadline_s: float) -> None:
     worker = Worker(deadline_s)
     try:
         while True:
-            run = todo.get_nowait()
-            begun = time.monotonic()
-            try:
-                run.begin()
-                for job in run.jobs:
-                    if not job.is_done:
-                        worker.do(job)
-            except (JobError, OSError) as error:  # OSError: a full disk, no further process
-                progress.failed(run, str(error))
-            else:
-                run.tidy()
-                progress.done(run, time.monotonic() - begun)
+            _do(todo.get_nowait(), worker, progress)
     except queue.Empty:
         pass
     finally:
         worker.close()
 
 
+def _do(run: Run, worker: Worker, progress: Progress) -> None:
+    """Do a run; whatever goes wrong with it costs this run alone."""
+    begun = time.monotonic()
+    try:
+        run.begin()
+        for job in run.jobs:
+            if not job.is_done:
+                worker.do(job)
+        if not run.is_done:
+            raise JobError("its jobs have ended and left no results")
+        run.tidy()
+        progress.done(run, time.monotonic() - begun)
+    except JobError as error:
+        progress.failed(run, str(error))
+    except Exception as error:  # a full disk, no further process, a summary that cannot be read
+        worker.close()
+        progress.failed(run, f"{type(error).__name__}: {error}")
+
+
 class Progress:
     """A line a run that has ended, with an estimate of what is left."""
 
     def __init__(self, total: int, todo: int) -> None:
-        self.failures: list[str] = []
+        self.failures: dict[Run, str] = {}
         self._total, self._todo = total, todo
         self._ended = total - todo
         self._begun = time.monotonic()
@@ -157,14 +166,15 @@ class Progress:
             print(f"{self._ended} of {total} runs are done already", flush=True)
 
     def done(self, run: Run, seconds: float) -> None:
+        accuracy = _accuracy(run)
         with self._lock:
             self._ended += 1
-            self._say(f"{run.name}: {_accuracy(run)} in {duration(seconds)}")
+            self._say(f"{run.name}: {accuracy} in {duration(seconds)}")
 
     def failed(self, run: Run, why: str) -> None:
         with self._lock:
             self._ended += 1
-            self.failures.append(f"{run.name}: {why}")
+            self.failures[run] = why
             self._say(f"{run.name} FAILED: {why}")
 
     def _say(self, what: str) -> None:

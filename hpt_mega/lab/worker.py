@@ -23,6 +23,7 @@ from hpt_mega.evaluation.config import compose as compose_evaluation
 from hpt_mega.evaluation.engines import job_config
 from hpt_mega.evaluation.journal import GREEDY, SAMPLED, Journal
 from hpt_mega.interruption import Interruption
+from hpt_mega.launch import single_rank_environment
 from hpt_mega.megatron import runtime
 from hpt_mega.telemetry.metrics import PhaseTimer
 from hpt_mega.telemetry.records import write_atomically
@@ -86,6 +87,7 @@ def main() -> int:
             for stream in (sys.stdout, sys.stderr):
                 stream.flush()
                 os.dup2(file.fileno(), stream.fileno())
+        os.environ.update(single_rank_environment())  # each job's store listens anew, at a port free by now
         try:
             VERBS[job["verb"]](job["settings"])
         except Exception as error:  # whatever it is, the runner shall hear of it

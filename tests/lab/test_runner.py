@@ -142,6 +142,40 @@ def test_a_run_whose_folder_cannot_be_made_fails_and_the_others_go_on(
     assert second == "method b toy seed 1: tried"
 
 
+@pytest.mark.parametrize("summary", ["{}", ""])
+def test_a_run_that_leaves_no_results_fails_and_the_others_go_on(
+    summary: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def done(worker: Worker, job: Job) -> None:
+        whole = '{"initial_accuracy": 0.25, "final_accuracy": 0.5}'
+        if text := (whole if job.run_dir.name == "b" else summary):
+            (job.run_dir / "summary.json").write_text(text)
+
+    monkeypatch.setattr(Worker, "do", done)
+    jobs = [Job("train", (), tmp_path / name) for name in "ab"]
+    todo = [Run(f"method {job.run_dir.name}", "toy", 1, job.run_dir, (job,)) for job in jobs]
+    what = "KeyError: 'initial_accuracy'" if summary else "its jobs have ended and left no results"
+    assert execute(todo, 1, 60) == [f"method a toy seed 1: {what}"]
+    assert todo[1].is_done
+
+
+def test_each_job_of_a_worker_has_a_port_that_nobody_has_taken_meanwhile(tmp_path: Path) -> None:
+    script = """if True:
+        import os, socket, sys
+        from hpt_mega.lab import worker
+        held = []
+        def take_port(settings):
+            held.append(socket.create_server(("127.0.0.1", int(os.environ["MASTER_PORT"]))))
+        worker.VERBS["train"] = take_port
+        sys.exit(worker.main())
+    """
+    job = json.dumps({"verb": "train", "settings": [], "log": str(tmp_path / "log")}) + "\n"
+    done = subprocess.run(
+        [sys.executable, "-c", script], input=2 * job, capture_output=True, text=True, timeout=120
+    )
+    assert done.stdout == "{}\n{}\n", (tmp_path / "log").read_text()
+
+
 def test_a_failed_job_says_why_and_where_to_read_on(tmp_path: Path) -> None:
     worker = Worker(120)
     job = Job("train", ("trainer.stepz=1",), tmp_path / "run")
