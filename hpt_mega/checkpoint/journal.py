@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
+from hpt_mega.checkpoint.durable import sync, sync_tree
 from hpt_mega.checkpoint.workers import LostWorkerError
 
 _FILE = ".journal.jsonl"
@@ -81,9 +81,6 @@ def _become(aside: Path, out: Path) -> None:
     (aside / _FILE).unlink()
     if out.exists():
         out.rmdir()  # an empty folder that stood there before
+    sync_tree(aside)
     aside.rename(out)
-    parent = os.open(out.absolute().parent, os.O_RDONLY)
-    try:
-        os.fsync(parent)
-    finally:
-        os.close(parent)
+    sync(out.absolute().parent)

@@ -19,6 +19,8 @@ from typing import Any, Protocol, TypeVar
 
 import torch.distributed as dist
 
+from hpt_mega.checkpoint.durable import sync, sync_tree
+
 SUMS = "sha256.json"  # {file: [bytes, digest]} of a checkpoint's other files
 _COMPLETE = re.compile(r"step_(\d{6,})")
 _STORAGE_ERRORS = tuple(os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EIO))
@@ -153,13 +155,15 @@ class CheckpointStore:
         return self.path(step).with_suffix(".partial")
 
     def _complete(self, step: int, sums: dict[str, Sum]) -> str:
-        """Sum what is left, rename, prune, on rank 0; returns what storage had against it."""
+        """Sum what is left, sync, rename, prune, on rank 0; returns what storage had against it."""
         partial = self._partial(step)
         try:
             sums |= _sums(partial, (path for path in partial.rglob("*") if path.is_file()), known=sums)
             (partial / SUMS).write_text(json.dumps(sums, indent=1, sort_keys=True))
+            sync_tree(partial)
             shutil.rmtree(self.path(step), ignore_errors=True)
             partial.rename(self.path(step))
+            sync(self._root)
             self.prune(self._keep)
             for leftover in self._root.glob("*.partial"):  # by kills
                 shutil.rmtree(leftover)

@@ -144,6 +144,27 @@ def test_a_checkpoint_counts_once_it_is_written_and_the_next_one_waits_for_it(tm
 
 
 @pytest.mark.usefixtures("alone")
+def test_a_checkpoint_is_on_the_disk_before_older_ones_are_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = CheckpointStore(tmp_path, keep=1)
+    write(store, 5)
+    synced: set[int] = set()
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.add(os.fstat(descriptor).st_ino))
+
+    def prune(keep: int) -> list[int]:
+        whole = store.path(10)
+        assert {path.stat().st_ino for path in (*whole.rglob("*"), whole, whole.parent)} <= synced
+        pruned.append(10)
+        return []
+
+    pruned: list[int] = []
+    monkeypatch.setattr(store, "prune", prune)
+    write(store, 10)
+    assert pruned == [10] and store.steps() == [5, 10]
+
+
+@pytest.mark.usefixtures("alone")
 def test_later_checkpoints_than_a_run_begins_with_take_no_place_of_its_own(tmp_path: Path) -> None:
     earlier = CheckpointStore(tmp_path, keep=2)
     for step in (10, 20, 30):
