@@ -12,12 +12,22 @@ if TYPE_CHECKING:
 STOPPED_CODE = 75  # exit code of such a run; EX_TEMPFAIL of sysexits.h
 
 
+_early: list[int] = []  # signals that came before there was an Interruption
+
+
+def listen_early() -> None:
+    """Keep a request for the Interruption to come: it would end a process that still imports or builds."""
+    signal.signal(signal.SIGUSR1, lambda number, frame: _early.append(number))
+
+
 class Interruption:
     """Listens from its making on; a schedulers' signal may reach some ranks before others, or only some."""
 
     def __init__(self) -> None:
         self._received = False
         signal.signal(signal.SIGUSR1, self._receive)
+        self._received |= bool(_early)
+        _early.clear()
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self._received = True

@@ -92,7 +92,8 @@ preflight() {
 
 # hpt train with these overrides, one task a rank; saves, requeues and resumes when the time limit nears.
 run_training() {
-  local run_dir port code=0
+  local run_dir port code=0 STOP=
+  trap 'STOP=1' USR1 # until there are ranks to pass it on to
   enter_job || return 0
   run_dir=$(ask run-dir "$@")
   port=$((20000 + ${SLURM_JOB_ID:-0} % 20000))
@@ -111,13 +112,18 @@ run_training() {
     on_nodes "${options[@]}" -- "${command[@]}"
     return
   fi
-  prepare "${options[@]}" -- "${command[@]}"
-  "${LAUNCH[@]}" 2>"$run_dir/logs/srun.log" &
-  local child=$!
-  # srun passes the signal on to every rank
-  trap 'echo "asked to stop: saving at the end of the step"; kill -USR1 "$child"' USR1
-  wait_for "$child" || code=$?
-  trap - USR1
+  if [ -n "$STOP" ]; then
+    echo "asked to stop before training began"
+    touch "$run_dir/logs/stopped"
+  else
+    prepare "${options[@]}" -- "${command[@]}"
+    "${LAUNCH[@]}" 2>"$run_dir/logs/srun.log" &
+    local child=$!
+    # srun passes the signal on to every rank
+    trap 'echo "asked to stop: saving at the end of the step"; kill -USR1 "$child"' USR1
+    wait_for "$child" || code=$?
+  fi
+  trap '' USR1 # nothing is left to save
   end_servers
   finish "$run_dir" "$code"
 }
@@ -209,10 +215,16 @@ serve_rollouts() {
   SERVERS=$!
 }
 
-# The servers run until they are ended.
+# The servers run until they are ended; what is left of them after 30 s ends with the job.
 end_servers() {
   [ -n "$SERVERS" ] || return 0
+  local seconds
   kill "$SERVERS" 2>/dev/null || true
+  for ((seconds = 0; seconds < 30; seconds++)); do
+    kill -0 "$SERVERS" 2>/dev/null || break
+    sleep 1
+  done
+  kill -KILL "$SERVERS" 2>/dev/null || true
   wait_for "$SERVERS" || true
 }
 
@@ -240,7 +252,7 @@ await_node_failure() {
 finish() {
   local run_dir=$1 code=$2
   if [ "$code" = 0 ] && [ -e "$run_dir/logs/stopped" ]; then
-    echo "saved; requeueing job $SLURM_JOB_ID"
+    echo "requeueing job $SLURM_JOB_ID"
     scontrol requeue "$SLURM_JOB_ID"
     sleep 60 # Slurm ends this script
   elif [ "$code" = 0 ]; then

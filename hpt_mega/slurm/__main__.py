@@ -6,11 +6,16 @@ import argparse
 import sys
 from pathlib import Path
 
-from hpt_mega.config import ConfigError
+from hpt_mega.interruption import listen_early
 
 
 def main() -> int:
     options = _parser().parse_args()
+    if options.run is _rank:
+        listen_early()  # before any import that takes its time
+
+    from hpt_mega.config import ConfigError
+
     try:
         code: int = options.run(options)
     except ConfigError as error:

@@ -130,6 +130,17 @@ def test_a_signalled_job_saves_requeues_and_ends_with_the_same_metrics(cluster: 
     assert metrics(cluster.folder / "signalled") == metrics(whole)
 
 
+def test_a_job_signalled_before_it_trains_is_requeued_and_trains_then(cluster: Cluster) -> None:
+    run = cluster.folder / "early"
+    job = cluster.submit("early", *cluster.settings, "parallel=single", "trainer.steps=1", f"run_dir={run}")
+    cluster.wait("pre-flight", (run / "preflight").is_dir, "early")
+    cluster.run("scancel", "--signal=USR1", "--batch", job)
+    output = cluster.wait_for_end(job, "early")
+    assert "asked to stop before training began\nrequeueing" in output
+    assert "Restarts=1" in cluster.run("scontrol", "--oneliner", "show", "job", job)
+    assert len(metrics(run)) == 2
+
+
 def test_a_job_whose_node_is_lost_goes_on_elsewhere_with_the_same_metrics(
     cluster: Cluster, whole: Path
 ) -> None:
