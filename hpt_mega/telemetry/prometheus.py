@@ -7,6 +7,8 @@ import threading
 from collections.abc import Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+PATIENCE_S = 10.0  # with a connection that asks nothing, whose thread would wait for ever
+
 
 class PrometheusEndpoint:
     """http://127.0.0.1:PORT/metrics, from its making until close(). Port 0 takes a free one: `port`.
@@ -19,6 +21,8 @@ class PrometheusEndpoint:
         endpoint = self
 
         class Handler(BaseHTTPRequestHandler):
+            timeout = PATIENCE_S
+
             def do_GET(self) -> None:
                 found = self.path == "/metrics"
                 self.send_response(200 if found else 404)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import socket
 import urllib.error
 import urllib.request
 from pathlib import Path
 
 import pytest
 
+from hpt_mega.telemetry import prometheus
 from hpt_mega.telemetry.loggers import MODULES, numbers_of, open_loggers, problems
 from hpt_mega.telemetry.metrics import PhaseTimer
 from hpt_mega.telemetry.prometheus import PrometheusEndpoint
@@ -61,6 +63,16 @@ def test_prometheus_reads_the_latest_numbers_from_the_loopback_interface() -> No
         assert lines == ["hpt_step 3", "hpt_reward 0.25", "hpt_eval_accuracy 1", "hpt_timing_train 2.5"]
         with pytest.raises(urllib.error.HTTPError):
             urllib.request.urlopen(f"http://127.0.0.1:{endpoint.port}/", timeout=10)
+    finally:
+        endpoint.close()
+
+
+def test_a_connection_that_asks_nothing_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prometheus, "PATIENCE_S", 0.1)
+    endpoint = PrometheusEndpoint(0)
+    try:
+        with socket.create_connection(("127.0.0.1", endpoint.port), timeout=10) as silent:
+            assert silent.recv(1) == b""
     finally:
         endpoint.close()
 
