@@ -22,7 +22,7 @@ from hpt_mega.megatron.learner import Learner
 from hpt_mega.megatron.runtime import Layout
 from hpt_mega.megatron.step import Metrics
 from hpt_mega.replay import append_batch, read_batches
-from hpt_mega.rewards.pool import RewardPool
+from hpt_mega.rewards.pool import RewardError, RewardPool
 from hpt_mega.rewards.verdict import Verdict
 from hpt_mega.rollout.engine import Collect, EngineError, RolloutEngine, Sample, SamplingParams
 from hpt_mega.scheduler.blend import Schedule, schedule
@@ -92,7 +92,7 @@ class Trainer:
         if self.cfg.debug.replay:
             return self.replay_step()
         questions, rollouts = self.rollouts()
-        rewarded = self.reward(questions, rollouts)
+        rewarded, failures = self.reward(questions, rollouts)
         self.observe(rewarded)
         plan = schedule(
             rewarded,
@@ -108,7 +108,14 @@ class Trainer:
         self.step += 1
         with self.timer.phase("sync"):
             metrics |= self.engine.update_weights(policy_version=self.step)
-        return {"step": self.step, **self._describe(rewarded, plan), **metrics}
+        described = self._describe(rewarded, failures, plan)
+        if described.get("reward_failed") == 1.0:
+            raise RewardError(
+                f"no response of step {self.step} could be judged, one because of: {failures[0]}. For more "
+                f"see {self.cfg.run_dir}/samples.jsonl. A function given as reward.kind has to return 0 for "
+                "what is merely wrong; where it is slow, raise reward.deadline_s or reward.workers"
+            )
+        return {"step": self.step, **described, **metrics}
 
     def replay_step(self) -> dict[str, Any]:
         """A step on the trajectories of a file, of which each replica brings an equal part."""
@@ -172,14 +179,15 @@ class Trainer:
 
     def reward(
         self, questions: Sequence[Question], rollouts: Sequence[Sequence[Sample]]
-    ) -> list[list[Trajectory]]:
-        """The samples as rewarded trajectories, by question."""
+    ) -> tuple[list[list[Trajectory]], list[str]]:
+        """The samples as rewarded trajectories, by question, and why some could not be judged."""
         answers = [
             question.answer for question, samples in zip(questions, rollouts, strict=True) for _ in samples
         ]
         texts = [self.decode(sample.tokens) for samples in rollouts for sample in samples]
         with self.timer.phase("reward"):
-            rewards = iter(verdict.reward for verdict in self._grade(texts, answers))
+            verdicts = self._grade(texts, answers)
+        rewards = iter(verdict.reward for verdict in verdicts)
         first_group = self.layout.dp_rank * len(questions)
         rewarded = [
             [
@@ -196,8 +204,8 @@ class Trainer:
             ]
             for index, (question, samples) in enumerate(zip(questions, rollouts, strict=True))
         ]
-        self.log.samples(self.step + 1, questions, texts, [t.reward for group in rewarded for t in group])
-        return rewarded
+        self.log.samples(self.step + 1, questions, texts, verdicts)
+        return rewarded, [verdict.why for verdict in verdicts if verdict.failed]
 
     def observe(self, rewarded: Sequence[Sequence[Trajectory]]) -> None:
         """Tell a curriculum how often the step's questions were solved, on all replicas."""
@@ -268,7 +276,9 @@ class Trainer:
         """Whether something done `every` steps (0: never) is due; the last step is always due."""
         return self.step == self.cfg.trainer.steps or (every > 0 and self.step % every == 0)
 
-    def _describe(self, rewarded: Sequence[Sequence[Trajectory]], plan: Schedule) -> Metrics:
+    def _describe(
+        self, rewarded: Sequence[Sequence[Trajectory]], failures: Sequence[str], plan: Schedule
+    ) -> Metrics:
         """Means over all replicas of what was sampled and what the gate made of it."""
         rollouts = [t for group in rewarded for t in group]
         step = self.step - 1  # of the weights that were trained
@@ -284,13 +294,15 @@ class Trainer:
                 len(rewarded),
                 tokens,
                 len(plan.trajectories),
+                len(failures),
             ]
         )
-        reward, count, pass_rate, sft, questions, tokens_rollout, trained = sums
+        reward, count, pass_rate, sft, questions, tokens_rollout, trained, failed = sums
         sampled: Metrics = {}
         if count:
             sampled = {
                 "reward": reward / count,
+                "reward_failed": failed / count,
                 "pass_rate": pass_rate / questions,
                 "response_length": tokens_rollout / count,
             }

@@ -22,7 +22,11 @@ def even(response: str, answer: str) -> tuple[float, str]:
     return float(len(response) % 2 == 0), "its length"
 
 
-def train(folder: Path, *overrides: str, precision: str = "fp32") -> str:
+def broken(response: str, answer: str) -> float:
+    raise LookupError(f"no case for {answer}")
+
+
+def train(folder: Path, *overrides: str, precision: str = "fp32", code: int = 0) -> str:
     """What a run in folder/run prints."""
     model = folder / "model"
     if not model.exists():
@@ -30,8 +34,8 @@ def train(folder: Path, *overrides: str, precision: str = "fp32") -> str:
     settings = (*toy.settings(model), f"precision={precision}", f"run_dir={folder / 'run'}", *overrides)
     command = [sys.executable, "-m", "hpt_mega.cli", "train", *settings]
     done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_S)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout + done.stderr
 
 
 def forget_last_step(run: Path) -> None:
@@ -59,12 +63,22 @@ def test_a_run_cut_short_goes_on_with_the_numbers_of_the_whole_one(
     train(tmp_path, *settings)
     whole = toy.metrics(tmp_path / "run")
     assert all(record["grad_norm"] > 0 for record in whole[1:])
-    assert all(0 < record["reward"] < 1 for record in whole[1:])
+    assert all(0 < record["reward"] < 1 and record["reward_failed"] == 0 for record in whole[1:])
     assert all(("value_loss" in record) == (name == "ppo") for record in whole[1:])
     assert all((record["sft_fraction"] > 0) == (name in ("luffy", "srft")) for record in whole[1:])
     forget_last_step(tmp_path / "run")
     assert "going on after step 2" in train(tmp_path, *settings, "resume=auto")
     assert toy.metrics(tmp_path / "run") == whole
+
+
+def test_a_run_whose_reward_fails_on_every_response_stops_and_says_why(tmp_path: Path) -> None:
+    said = train(tmp_path, "parallel=single", f"reward.kind={__name__}.broken", "trainer.steps=2", code=1)
+    assert (
+        "none of step 1's responses could be judged, one for this reason: LookupError: 'no case for " in said
+    )
+    assert [record["step"] for record in toy.metrics(tmp_path / "run")] == [0]
+    samples = (tmp_path / "run" / "samples.jsonl").read_text().splitlines()
+    assert samples and all(json.loads(line)["why"].startswith("LookupError: ") for line in samples)
 
 
 def test_the_loss_scale_of_fp16_skips_a_step_and_goes_on_from_a_checkpoint(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 def reward(response: str, answer: str) -> float | tuple[float, str]     # 0 to 1, and why
 
+A response that it raises on earns 0 too, as one that could not be judged: a step of nothing else ends a run.
 It may do what the user may. Code that it runs is not shown the run's secrets: environment variables whose
 names say key, token, secret or password (HPT_ROLLOUT_KEY, HF_TOKEN) are left out, and a key that it needs
 itself it reads from a file. What it starts is ended with its worker, at the deadline or as the run ends.
@@ -9,10 +10,10 @@ itself it reads from a file. What it starts is ended with its worker, at the dea
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable
 from importlib import import_module
+from numbers import Real
 from typing import Any
 
 Function = Callable[[str, str], Any]
@@ -43,6 +44,6 @@ def call(function: Function, response: str, answer: str) -> tuple[float, str]:
     """(reward, why) of one response. Raises ValueError where it gives no number from 0 to 1."""
     given = function(response, answer)
     value, why = given if isinstance(given, tuple) and len(given) == 2 else (given, "")
-    if not isinstance(value, int | float) or not math.isfinite(value) or not 0 <= value <= 1:
+    if not isinstance(value, Real) or not 0 <= float(value) <= 1:
         raise ValueError(f"it returned {value!r}, expected a number from 0 to 1")
     return float(value), str(why)

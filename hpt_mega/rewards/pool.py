@@ -127,6 +127,10 @@ class _Worker:
         self.replies.close()
 
 
+class RewardError(RuntimeError):
+    """A step of which no response could be judged."""
+
+
 class RewardPool:
     """Rewards for batches of responses; use as a context manager or call close().
 
@@ -244,7 +248,7 @@ class RewardPool:
             self._start_failures = 0
         elif reply:
             assert worker.item is not None
-            settled[worker.item] = Verdict(float(reply["reward"]), str(reply["why"]))
+            settled[worker.item] = Verdict(float(reply["reward"]), str(reply["why"]), failed=reply["failed"])
             worker.item = None
 
     def _replace(self, worker: _Worker, why: str, settled: dict[int, Verdict]) -> None:
@@ -258,7 +262,7 @@ class RewardPool:
                 f"Try: {sys.executable} -m hpt_mega.rewards.worker {self._deadline_s:g} {self._memory_mib}"
             )
         if worker.item is not None:
-            settled[worker.item] = Verdict(0.0, why)
+            settled[worker.item] = Verdict(0.0, why, failed=True)
         fresh = _Worker(self._deadline_s, self._memory_mib, self._function)
         self._workers[self._workers.index(worker)] = fresh
 
@@ -267,7 +271,7 @@ class RewardPool:
         why = f"not graded within {self._budget_s:g} s, which is all that a step's answers may take together"
         for worker in [worker for worker in self._workers if worker.item is not None]:
             self._replace(worker, why, settled)
-        settled |= {item: Verdict(0.0, why) for item in hard if item not in settled}
+        settled |= {item: Verdict(0.0, why, failed=True) for item in hard if item not in settled}
 
     def close(self) -> None:
         """Ends the workers. Further calls of close() do nothing."""

@@ -12,3 +12,4 @@ class Verdict:
     reward: float
     why: str
     given: str = ""  # the answer that was read in the response, "" where none was found
+    failed: bool = False  # nothing was judged: an error, the deadline or the end of a worker

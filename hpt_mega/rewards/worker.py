@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from hpt_mega.rewards.compare import Outcome
 from hpt_mega.rewards.compare import compare as compare_values
@@ -98,31 +98,32 @@ def symbolic_comparison(deadline_s: float) -> Callable[[str, str], tuple[float, 
         return (1.0, "symbolically equal") if same else (0.0, "symbolically different")
 
     def compare(given: str, answer: str) -> tuple[float, str]:
-        try:
-            outcome: Outcome = compare_values(answer, given)
-            if outcome.same is not None:
-                return float(outcome.same), outcome.why
-            if not is_mathematical(given):
-                return 0.0, f"not read: {outcome.why}"
-            return by_math_verify(given, answer)
-        except MemoryError:
-            return 0.0, "memory limit"
-        except Exception as error:  # what fails in the parser is a wrong answer, not a crash of training
-            return 0.0, f"{type(error).__name__} when read"
+        outcome: Outcome = compare_values(answer, given)
+        if outcome.same is not None:
+            return float(outcome.same), outcome.why
+        if not is_mathematical(given):
+            return 0.0, f"not read: {outcome.why}"
+        return by_math_verify(given, answer)
 
     return compare
 
 
-def _by_function(request: dict[str, str], functions: dict[str, Function]) -> tuple[float, str]:
-    path = request["function"]
+def _judged(
+    request: dict[str, str], compare: Callable[[str, str], tuple[float, str]], functions: dict[str, Function]
+) -> dict[str, Any]:
+    """The reply to a request. What a parser or a function fails on earns nothing, and crashes no training."""
+    given, answer, path = request["given"], request["answer"], request.get("function", "")
+    failed = True
     try:
-        if path not in functions:
+        if path and path not in functions:
             functions[path] = load_function(path)
-        return call(functions[path], request["given"], request["answer"])
+        reward, why = call(functions[path], given, answer) if path else compare(given, answer)
+        failed = False
     except MemoryError:
-        return 0.0, "memory limit"
-    except Exception as error:  # a response that the function fails on is a wrong one; the reason is kept
-        return 0.0, f"{type(error).__name__}: {error}"[:200]
+        reward, why = 0.0, "memory limit"
+    except Exception as error:
+        reward, why = 0.0, f"{type(error).__name__}: {error}"[:200]
+    return {"reward": reward, "why": why, "failed": failed}
 
 
 def main() -> int:
@@ -151,12 +152,9 @@ def main() -> int:
         # A big-integer power holds the interpreter for minutes, deaf to Python signal handlers. This timer
         # ends such a process even when the trainer that would have killed it is gone.
         signal.setitimer(signal.ITIMER_PROF, 2 * deadline_s)
-        if "function" in request:
-            reward, why = _by_function(request, functions)
-        else:
-            reward, why = compare(request["given"], request["answer"])
+        reply = _judged(request, compare, functions)
         signal.setitimer(signal.ITIMER_PROF, 0)
-        replies.write(json.dumps({"reward": reward, "why": why}) + "\n")
+        replies.write(json.dumps(reply) + "\n")
     _end_session()
 
 

@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from hpt_mega.config import Config
+from hpt_mega.rewards import Verdict
 from hpt_mega.telemetry import records
 from hpt_mega.telemetry.decline import Decline
 from hpt_mega.telemetry.loggers import Logger, numbers_of, open_loggers
@@ -87,9 +88,9 @@ class RunLog:
             self._terminal.evaluated(step, dict(record))
 
     def samples(
-        self, step: int, questions: Sequence[Question], texts: Sequence[str], rewards: Sequence[float]
+        self, step: int, questions: Sequence[Question], texts: Sequence[str], verdicts: Sequence[Verdict]
     ) -> None:
-        """Keep the responses to the first questions; texts and rewards hold n a question, in order."""
+        """Keep the responses to the first questions; texts and verdicts hold n a question, in order."""
         if not self._is_writer or not questions:
             return
         n = len(texts) // len(questions)
@@ -100,9 +101,10 @@ class RunLog:
                 "question": question.prompt,
                 "answer": question.answer,
                 "response": text,
-                "reward": reward,
+                "reward": verdict.reward,
+                "why": verdict.why,
             }
-            for question, text, reward in zip(shown, texts, rewards, strict=False)
+            for question, text, verdict in zip(shown, texts, verdicts, strict=False)
         ]
         records.append(self._samples, *lines)
 

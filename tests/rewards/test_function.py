@@ -15,7 +15,8 @@ import pytest
 
 from hpt_mega.rewards import RewardPool
 from hpt_mega.rewards.command import grade_file
-from hpt_mega.rewards.function import load_function
+from hpt_mega.rewards.function import call, load_function
+from tests.rewards.own_rewards import measured
 
 OWN = "tests.rewards.own_rewards"
 DEADLINE_S = 2.0
@@ -37,6 +38,10 @@ def test_its_number_is_the_reward_and_its_reason_is_kept() -> None:
     ]
 
 
+def test_its_number_may_be_of_any_kind_that_is_real() -> None:
+    assert call(measured, "a", "b") == (0.25, "")
+
+
 def test_it_is_ended_at_its_deadline_and_the_others_keep_their_rewards() -> None:
     with RewardPool(f"{OWN}.slow", workers=2, deadline_s=DEADLINE_S) as pool:
         pool.score(["a", "b"], ["", ""])
@@ -44,6 +49,7 @@ def test_it_is_ended_at_its_deadline_and_the_others_keep_their_rewards() -> None
         verdicts = pool.verdicts(["a", "hang", "b"], [""] * 3)
         assert time.monotonic() - started < DEADLINE_S + 2
     assert [verdict.reward for verdict in verdicts] == [1.0, 0.0, 1.0]
+    assert [verdict.failed for verdict in verdicts] == [False, True, False]
     assert verdicts[1].why == "deadline of 2 s"
 
 
@@ -123,7 +129,7 @@ def test_what_it_raises_or_wrongly_returns_is_a_reward_of_nothing_with_the_reaso
         responses, answers = ["nan", "two", "zero", "memory"], ["", "", "", str(2 << 30)]
         kinds = [f"{OWN}.broken"] * 3 + [f"{OWN}.hungry"]
         verdicts = pool.verdicts(responses, answers, kinds)
-    assert [verdict.reward for verdict in verdicts] == [0.0] * 4
+    assert [(verdict.reward, verdict.failed) for verdict in verdicts] == [(0.0, True)] * 4
     assert [verdict.why for verdict in verdicts] == [
         "ValueError: it returned nan, expected a number from 0 to 1",
         "ValueError: it returned 2.0, expected a number from 0 to 1",

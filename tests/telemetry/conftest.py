@@ -10,11 +10,16 @@ from typing import Any
 import pytest
 
 from hpt_mega.config import Config, ModelConfig, ParallelConfig, TrainerConfig, save
+from hpt_mega.rewards import Verdict
 from hpt_mega.telemetry.run import RunLog
 from hpt_mega.trajectory import Question
 
 QUESTIONS = [
     Question(f"sum-{i}", "sum", f"What is {i} + {i}?", str(2 * i), "", (1, 2), (3,)) for i in (1, 2, 3)
+]
+
+VERDICTS = [
+    Verdict(float(right), "same number" if right else "another number") for right in (0, 1, 0, 0, 1, 1)
 ]
 
 
@@ -66,6 +71,7 @@ def trained(step: int, **more: Any) -> dict[str, Any]:
     return {
         "step": step,
         "reward": 0.125 * step,
+        "reward_failed": 0.03 * step,
         "pass_rate": 0.1 * step,
         "sft_fraction": 0.5 / step,
         "response_length": 20.0 + step,
@@ -90,6 +96,6 @@ def log_whole_run(log: RunLog) -> None:
     with log:
         log.record(0, initial())
         for step in (1, 2, 3):
-            log.samples(step, QUESTIONS, [f"step {step}, response {i}" for i in range(6)], [0, 1, 0, 0, 1, 1])
+            log.samples(step, QUESTIONS, [f"step {step}, response {i}" for i in range(6)], VERDICTS)
             log.record(step, trained(step, **(final() if step == 3 else {})))
         log.finish({})

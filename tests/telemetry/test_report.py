@@ -17,7 +17,7 @@ from hpt_mega.config import Config, ConfigError
 from hpt_mega.telemetry.plots import running_mean
 from hpt_mega.telemetry.report import write_report
 from hpt_mega.telemetry.run import RunLog
-from tests.telemetry.conftest import QUESTIONS, final, initial, log_whole_run, trained
+from tests.telemetry.conftest import QUESTIONS, VERDICTS, final, initial, log_whole_run, trained
 
 OpenLog = Callable[..., RunLog]
 CURVES = {"reward", "pass_rate", "sft_fraction", "entropy", "response_length", "grad_norm", "time_by_phase"}
@@ -105,7 +105,7 @@ def test_text_of_the_model_cannot_become_markup(cfg: Config, open_log: OpenLog) 
     cfg.algorithm.name = "<i>hpt"
     with open_log() as log:
         log.record(0, initial() | {"eval/accuracy/<u>task": 0.5})
-        log.samples(1, QUESTIONS[:1], [hostile, ""], [0.0, 1.0])
+        log.samples(1, QUESTIONS[:1], [hostile, ""], VERDICTS)
         log.record(1, trained(1, **final(), **{"eval/accuracy/<u>task": 0.5}))
         (Path(cfg.run_dir) / "config.yaml").write_text(
             "algorithm: {name: <i>hpt}\nmodel: {path: m/<b>tiny}\n"

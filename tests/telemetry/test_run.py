@@ -13,7 +13,7 @@ import pytest
 
 from hpt_mega.config import Config
 from hpt_mega.telemetry.run import RunLog
-from tests.telemetry.conftest import QUESTIONS, final, initial, log_whole_run, trained
+from tests.telemetry.conftest import QUESTIONS, VERDICTS, final, initial, log_whole_run, trained
 
 OpenLog = Callable[..., RunLog]
 
@@ -38,13 +38,13 @@ def test_a_record_is_on_disk_once_it_was_given(cfg: Config, open_log: OpenLog) -
 
 def test_samples_of_the_first_two_questions_are_kept(cfg: Config, open_log: OpenLog) -> None:
     with open_log() as log:
-        log.samples(4, QUESTIONS, ["a", "b", "c", "d", "e", "f"], [0, 1, 0, 0, 1, 1])
+        log.samples(4, QUESTIONS, ["a", "b", "c", "d", "e", "f"], VERDICTS)
     one, two = ({"step": 4, "question": f"What is {i} + {i}?", "answer": str(2 * i)} for i in (1, 2))
     assert lines(cfg, "samples.jsonl") == [
-        one | {"response": "a", "reward": 0},
-        one | {"response": "b", "reward": 1},
-        two | {"response": "c", "reward": 0},
-        two | {"response": "d", "reward": 0},
+        one | {"response": "a", "reward": 0, "why": "another number"},
+        one | {"response": "b", "reward": 1, "why": "same number"},
+        two | {"response": "c", "reward": 0, "why": "another number"},
+        two | {"response": "d", "reward": 0, "why": "another number"},
     ]
 
 
@@ -86,7 +86,7 @@ def test_a_resumed_run_reads_as_one_never_interrupted(cfg: Config, open_log: Ope
         assert not (Path(cfg.run_dir) / "summary.json").exists()
         for step in (2, 3):
             texts = [f"step {step}, response {i}" for i in range(6)]
-            log.samples(step, QUESTIONS, texts, [0, 1, 0, 0, 1, 1])
+            log.samples(step, QUESTIONS, texts, VERDICTS)
             log.record(step, trained(step, **(final() if step == 3 else {})))
         log.finish({})
     assert {name: (Path(cfg.run_dir) / name).read_bytes() for name in names} == whole
