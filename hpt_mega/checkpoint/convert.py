@@ -16,7 +16,15 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from hpt_mega.checkpoint.hf import INDEX, HFCheckpoint, HFWriter, config_dtype, copy_companions, read_config
+from hpt_mega.checkpoint.hf import (
+    INDEX,
+    HFCheckpoint,
+    HFWriter,
+    check_tensors,
+    config_dtype,
+    copy_companions,
+    read_config,
+)
 from hpt_mega.checkpoint.journal import Journal, resumable_folder
 from hpt_mega.checkpoint.layout import TargetLayout
 from hpt_mega.checkpoint.legacy import LegacyReader
@@ -80,9 +88,7 @@ def hf_to_megatron(
     family = family_for(source.config)
     shape = family.read_shape(source.config)
     layout.check(shape)
-    left_out = source.further_token_layers(shape.num_layers)
-    family.check_names(shape, set(source.names()) - set(left_out))
-    family.check_shapes(shape, lambda name: source.spec(name).shape)
+    left_out = check_tensors(source, family, shape)
     _check_second_copy(source, shape)
     entries = list(family.entries(shape))
     dtypes = {entry.megatron: _common_dtype(source, entry) for entry in entries}

@@ -28,6 +28,7 @@ from hpt_mega.checkpoint.safetensors import (
     write_from,
 )
 from hpt_mega.checkpoint.scratch import Scratch
+from hpt_mega.resharding.mapping import Family, ModelShape
 
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5 * 1000**3
@@ -57,12 +58,6 @@ class HFCheckpoint:
 
     def names(self) -> list[str]:
         return [name for name in self._slots if not self._is_scale(name)]
-
-    def further_token_layers(self, num_layers: int) -> list[str]:
-        """Tensors of the layers after the decoder's that predict further tokens; no policy has them."""
-        count = self.config.get("num_nextn_predict_layers") or 0
-        prefixes = tuple(f"model.layers.{layer}." for layer in range(num_layers, num_layers + count))
-        return [name for name in self.names() if name.startswith(prefixes)]
 
     def spec(self, name: str) -> Spec:
         """What tensor() gives, without its data. Raises KeyError for an unknown name."""
@@ -143,6 +138,21 @@ class HFCheckpoint:
                 "remove the files that are not the model's"
             )
         return {name: (files[0], slot) for name, slot in read_header(files[0]).items()}
+
+
+def check_tensors(checkpoint: HFCheckpoint, family: Family, shape: ModelShape) -> list[str]:
+    """Compare a folder with the family's table; returns the tensors that are left in it, which no policy has.
+
+    They are those of the layers after the decoder's that predict further tokens (DeepSeek's). Raises
+    MappingError where the others are not the table's, or have another shape than config.json asks for.
+    """
+    count = checkpoint.config.get("num_nextn_predict_layers") or 0
+    further = range(shape.num_layers, shape.num_layers + count)
+    prefixes = tuple(f"model.layers.{layer}." for layer in further)
+    left_out = [name for name in checkpoint.names() if name.startswith(prefixes)]
+    family.check_names(shape, set(checkpoint.names()) - set(left_out))
+    family.check_shapes(shape, lambda name: checkpoint.spec(name).shape)
+    return left_out
 
 
 class HFWriter:

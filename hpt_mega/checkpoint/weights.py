@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hpt_mega.checkpoint.convert import open_megatron
-from hpt_mega.checkpoint.hf import HFCheckpoint, HFWriter, copy_companions, writing_folder
+from hpt_mega.checkpoint.hf import HFCheckpoint, HFWriter, check_tensors, copy_companions, writing_folder
 from hpt_mega.checkpoint.safetensors import Spec
 from hpt_mega.megatron import experts
 from hpt_mega.megatron.model import PolicyModel
@@ -33,10 +33,7 @@ def load_hf(
     export does not bring them back. Raises MappingError where the folder, the table and the model do not name
     the same tensors, or where a tensor has another shape than the model's.
     """
-    family.check_names(
-        shape, set(checkpoint.names()) - set(checkpoint.further_token_layers(shape.num_layers))
-    )
-    family.check_shapes(shape, lambda name: checkpoint.spec(name).shape)
+    check_tensors(checkpoint, family, shape)
     fill(model, lambda entry: [checkpoint.tensor(name) for name in entry.hf], family, shape, layout)
 
 

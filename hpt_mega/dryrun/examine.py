@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hpt_mega.checkpoint.hf import HFCheckpoint
+from hpt_mega.checkpoint.hf import HFCheckpoint, check_tensors
 from hpt_mega.checkpoint.megatron_folder import companions_for
 from hpt_mega.config import Config, ConfigError, ParallelConfig, conf_dir
 from hpt_mega.dryrun.estimate import Batch, Stage, batch, planned_shape, served, stages
@@ -99,9 +99,7 @@ def _compare_weights(cfg: Config, family: Family, shape: ModelShape) -> None:
     folder = Path(cfg.model.path)
     if not any(folder.glob("*.safetensors")):
         return
-    checkpoint = HFCheckpoint(folder)
-    family.check_names(shape, checkpoint.names())
-    family.check_shapes(shape, lambda name: checkpoint.spec(name).shape)
+    check_tensors(HFCheckpoint(folder), family, shape)
 
 
 def _coverage(found: Findings, family: Family, shape: ModelShape, parallel: ParallelConfig) -> Iterator[str]:

@@ -48,7 +48,8 @@ def build_rank(
     with fake_job(rank, parallel) as layout, torch.device("meta"):
         config = transformer_config(shape, parallel, dtype)
         stages = range(parallel.vpp) if parallel.vpp > 1 else [None]
-        chunks = [build_stage(shape, config, layout.tp_size, stage) for stage in stages]
+        # .to: megatron-core names the device of some buffers (the bias of DeepSeek's router)
+        chunks = [build_stage(shape, config, layout.tp_size, stage).to("meta") for stage in stages]
         entries: dict[str, Entry] = {}
         counts = {"dense": 0, "experts": 0}
         for chunk in chunks:

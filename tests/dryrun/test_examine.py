@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from safetensors.torch import load_file, save_file
+from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from hpt_mega.config import ConfigError, compose, conf_dir
 from hpt_mega.dryrun.command import as_json
@@ -18,6 +18,7 @@ from hpt_mega.dryrun.estimate import planned_shape
 from hpt_mega.dryrun.examine import Findings, examine, typical_ranks
 from hpt_mega.planning import MODELS, hardware
 from hpt_mega.resharding.mapping import family_for
+from tests.checkpoint.families import DEEPSEEK
 
 H100 = hardware("h100")
 
@@ -142,6 +143,16 @@ def test_weights_that_are_here_are_compared_with_the_table(tmp_path: Path) -> No
     save_file(weights, tmp_path / "model.safetensors")
     (problem,) = dryrun(*job).problems
     assert "model.layers.1.mlp.up_proj.weight" in problem
+
+
+def test_weights_of_a_layer_that_predicts_further_tokens_are_no_problem(tmp_path: Path) -> None:
+    # the planner counts values as wide as keys without positions, as those of DeepSeek-V3 are
+    config = DeepseekV3Config(**DEEPSEEK | {"v_head_dim": 12, "num_nextn_predict_layers": 1})
+    DeepseekV3ForCausalLM(config).save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    save_file(load_file(weights) | {"model.layers.3.eh_proj.weight": torch.ones(48, 96)}, weights)
+    job = ("experiment=demo", "rollout=vllm", f"model.path={tmp_path}", "parallel.pp=3")
+    assert dryrun(*job, "data.max_prompt_tokens=30").problems == []
 
 
 def test_a_feature_that_nothing_computes_is_a_problem_not_a_crash(tmp_path: Path) -> None:
