@@ -5,8 +5,6 @@ Whether a config makes sense is checked in validation/.
 
 from __future__ import annotations
 
-import os
-import platform
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
@@ -22,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from hpt_mega.files import write_atomically
 from hpt_mega.suggestion import did_you_mean
 
 T = TypeVar("T")
@@ -353,9 +352,7 @@ def native_dtype() -> str:
 def save(config: object, path: Path) -> None:
     """Write a config (any dataclass) as YAML; the file is complete whenever it exists."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}")
-    OmegaConf.save(OmegaConf.structured(config), partial)
-    partial.replace(path)
+    write_atomically(path, OmegaConf.to_yaml(OmegaConf.structured(config)))
 
 
 def load(path: Path) -> Config:

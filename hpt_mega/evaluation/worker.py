@@ -28,6 +28,7 @@ from hpt_mega.evaluation.engines import ENGINES, job_config
 from hpt_mega.evaluation.journal import GREEDY, SAMPLED, Graded, Journal
 from hpt_mega.evaluation.results import results
 from hpt_mega.evaluation.sample import Respondent, Response, respond
+from hpt_mega.files import write_atomically
 from hpt_mega.megatron import runtime
 from hpt_mega.megatron.runtime import Layout
 from hpt_mega.rewards.function import is_dotted
@@ -35,7 +36,6 @@ from hpt_mega.rewards.pool import RewardPool
 from hpt_mega.rewards.verdict import Verdict
 from hpt_mega.rollout.engine import SamplingParams
 from hpt_mega.telemetry.metrics import PhaseTimer
-from hpt_mega.telemetry.records import write_atomically
 from hpt_mega.trajectory import Question
 from hpt_mega.worker import report_failure
 

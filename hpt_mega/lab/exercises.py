@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hpt_mega.config import ConfigError
-from hpt_mega.telemetry.records import write_atomically
+from hpt_mega.files import write_atomically
 
 DRAWS_PER_EXERCISE = 50  # tried at most for each one wanted, before a kind counts as exhausted
 

@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from hpt_mega.files import write_atomically, writing_folder
 from hpt_mega.lab.config import LabConfig
 from hpt_mega.lab.exercises import Portion, draw, mixed, write
 from hpt_mega.lab.models import save
-from hpt_mega.telemetry.records import write_atomically
 from hpt_mega.telemetry.runs import COUNTS, LABEL
 
 SETS = ("pretraining", "training", "heldout")
@@ -91,11 +91,9 @@ def reuse(runs: Sequence[Run], others: Sequence[Run]) -> None:
     done = {other.settings: other for other in others if other.is_done}
     for run in runs:
         if run.settings in done and not run.folder.exists():
-            part = run.folder.with_name(f"{run.folder.name}.part")
-            shutil.rmtree(part, ignore_errors=True)
-            shutil.copytree(done[run.settings].folder, part)
-            replace(run, folder=part).begin()
-            part.rename(run.folder)
+            with writing_folder(run.folder) as part:
+                shutil.copytree(done[run.settings].folder, part, dirs_exist_ok=True)
+                replace(run, folder=part).begin()
 
 
 def prepare(cfg: LabConfig, folder: Path) -> None:

@@ -2,13 +2,14 @@ r"""Models from scratch: a tokenizer of single characters, and random weights of
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config
+
+from hpt_mega.files import writing_folder
 
 END, BOX = "<|endoftext|>", "\\boxed{"
 CHARACTERS = "0123456789+-*=?}\n"
@@ -67,10 +68,7 @@ def save(folder: Path, family: str, size: str, seed: int) -> int:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config)
-    aside = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    model.save_pretrained(aside)
-    words.save_pretrained(aside)
-    shutil.rmtree(folder, ignore_errors=True)
-    aside.rename(folder)
+    with writing_folder(folder) as aside:
+        model.save_pretrained(aside)
+        words.save_pretrained(aside)
     return sum(parameter.numel() for parameter in model.parameters())

@@ -22,11 +22,11 @@ from hpt_mega.evaluation.config import EvalConfig
 from hpt_mega.evaluation.config import compose as compose_evaluation
 from hpt_mega.evaluation.engines import job_config
 from hpt_mega.evaluation.journal import GREEDY, SAMPLED, Journal
+from hpt_mega.files import write_atomically
 from hpt_mega.interruption import Interruption
 from hpt_mega.launch import single_rank_environment
 from hpt_mega.megatron import runtime
 from hpt_mega.telemetry.metrics import PhaseTimer
-from hpt_mega.telemetry.records import write_atomically
 from hpt_mega.telemetry.runs import COUNTS, Counts
 from hpt_mega.validation import validate
 from hpt_mega.worker import train

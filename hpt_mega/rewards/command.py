@@ -16,6 +16,7 @@ from itertools import islice
 from pathlib import Path
 from typing import BinaryIO
 
+from hpt_mega.files import writing_file
 from hpt_mega.rewards.pool import KINDS, MEMORY_MIB, RewardPool
 
 FAILED = 1
@@ -56,27 +57,24 @@ def grade_file(
 ) -> tuple[int, int]:
     """Grade each line {"answer", "response", "kind"} of a file; returns how many there are, and are right.
 
-    out is written aside and renamed: it is whole or absent. Raises ValueError that names the line of an
+    out is whole or absent. Raises ValueError that names the line of an
     unfit input, OSError.
     """
-    aside = out.with_name(f".{out.name}.{os.getpid()}")
     count = right = 0
-    with RewardPool(workers=workers, deadline_s=deadline_s, memory_mib=memory_mib) as pool:
-        try:
-            with open(source, "rb") as lines, open(aside, "w") as written, _bar(source) as advance:
-                items = _items(lines, source)
-                while chunk := list(islice(items, CHUNK_LINES)):
-                    responses, answers, kinds = zip(*chunk, strict=True)
-                    for verdict in pool.verdicts(responses, answers, kinds):
-                        written.write(json.dumps({"reward": int(verdict.reward), "why": verdict.why}) + "\n")
-                        right += int(verdict.reward)
-                    count += len(chunk)
-                    advance(lines.tell())
-                written.flush()
-                os.fsync(written.fileno())
-            os.replace(aside, out)
-        finally:
-            aside.unlink(missing_ok=True)
+    with (
+        RewardPool(workers=workers, deadline_s=deadline_s, memory_mib=memory_mib) as pool,
+        open(source, "rb") as lines,
+        writing_file(out) as written,
+        _bar(source) as advance,
+    ):
+        items = _items(lines, source)
+        while chunk := list(islice(items, CHUNK_LINES)):
+            responses, answers, kinds = zip(*chunk, strict=True)
+            for verdict in pool.verdicts(responses, answers, kinds):
+                written.write(json.dumps({"reward": int(verdict.reward), "why": verdict.why}) + "\n")
+                right += int(verdict.reward)
+            count += len(chunk)
+            advance(lines.tell())
     return count, right
 
 

@@ -17,7 +17,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from hpt_mega.telemetry.records import write_atomically
+from hpt_mega.files import write_atomically
 
 NEEDED = ("torch", "megatron-core", "transformers", "math-verify")
 NEEDED_ON_GPU = ("transformer-engine",)

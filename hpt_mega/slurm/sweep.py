@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hpt_mega.config import ConfigError, compose
-from hpt_mega.telemetry.records import write_atomically
+from hpt_mega.files import write_atomically
 
 JOBS = "jobs.jsonl"
 

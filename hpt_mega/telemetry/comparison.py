@@ -13,8 +13,8 @@ from pathlib import Path
 from statistics import fmean
 
 from hpt_mega.evaluation.results import powers_of_two
+from hpt_mega.files import write_atomically
 from hpt_mega.telemetry import comparison_plots, page
-from hpt_mega.telemetry.records import write_atomically
 from hpt_mega.telemetry.runs import Finished, alike, comparable, find, newest, unfinished, unnamed
 from hpt_mega.telemetry.significance import Mean, holm, mean
 

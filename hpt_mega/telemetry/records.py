@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from hpt_mega.files import write_atomically
+
 Record = dict[str, Any]
 
 
@@ -45,16 +47,6 @@ def read(path: Path) -> list[Record]:
 def cut(path: Path, last_step: int) -> None:
     """Leave the records up to `last_step`, or the whole old file where a kill interrupts this."""
     write_atomically(path, _lines([record for record in read(path) if record["step"] <= last_step]))
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file that is whole whenever it exists."""
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
 
 
 def _lines(records: Any) -> str:

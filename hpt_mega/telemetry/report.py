@@ -10,9 +10,10 @@ from html import escape
 from pathlib import Path
 
 from hpt_mega.config import Config, load
+from hpt_mega.files import write_atomically
 from hpt_mega.telemetry import page, plots
 from hpt_mega.telemetry.decline import declines
-from hpt_mega.telemetry.records import Record, read, write_atomically
+from hpt_mega.telemetry.records import Record, read
 from hpt_mega.telemetry.summary import Summary, summarise
 from hpt_mega.telemetry.terminal import duration, percent, points
 

@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from hpt_mega.config import Config
+from hpt_mega.files import write_atomically
 from hpt_mega.rewards import Verdict
 from hpt_mega.telemetry import records
 from hpt_mega.telemetry.decline import Decline
@@ -50,7 +51,7 @@ class RunLog:
             (self._run_dir / "summary.json").unlink(missing_ok=True)
             for path in (self._metrics, self._samples):
                 if self._resume_step is None:
-                    records.write_atomically(path, "")
+                    write_atomically(path, "")
                 else:
                     records.cut(path, self._resume_step)
             saved = Path(self._cfg.debug.save)

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from hpt_mega.config import Config
-from hpt_mega.telemetry.records import Record, write_atomically
+from hpt_mega.files import write_atomically
+from hpt_mega.telemetry.records import Record
 
 PHASES = ("rollout", "reward", "train", "sync", "eval", "checkpoint")
 ACCURACY = "eval/accuracy"

@@ -48,16 +48,3 @@ def test_cutting_leaves_earlier_lines_byte_for_byte(tmp_path: Path) -> None:
         file.write('{"step": 5, "lo')
     records.cut(path, 2)
     assert path.read_bytes() == kept
-
-
-def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "summary.json"
-    records.write_atomically(path, "old")
-
-    def no_space(descriptor: int) -> None:
-        raise OSError("no space left on device")
-
-    monkeypatch.setattr(records.os, "fsync", no_space)
-    with pytest.raises(OSError, match="no space"):
-        records.write_atomically(path, "new")
-    assert path.read_text() == "old"
