@@ -106,7 +106,7 @@ def measure(client: VLLMClient, model: Path, folder: Path, dtype: str) -> dict[s
     policy = build_policy(model, config(ParallelConfig(pp=2), dtype=dtype), train=False)
     sync = WeightSync(policy.model, policy.family, policy.shape, policy.layout, BUCKET_MIB << 20)
     leads = policy.layout.is_leader
-    remote = RemoteClient(client.name, client.url, client.key, 300.0, 300.0, client.log)
+    remote = RemoteClient(client.name, client.url, client.key, 300.0, 300.0, 300.0, client.log)
     source = torch.ones(sync.plan.nbytes if leads else 1, dtype=torch.uint8)
     weights = linear_weights(sync.plan, DTYPES[dtype]) if leads else []
     packs = policy.layout.broadcast_object(can_pack(weights[0]) if leads else None)
@@ -200,7 +200,7 @@ def main() -> None:
         models += [] if given.small else [("Random Llama", random_model(scratch / "large"))]
         for name, model in models:
             settings = ServerSettings(model, dtype, 256, 8, 1, 0, 1, 0.5, False)
-            server = VLLMServer("bench", settings, scratch / "bench.log", 300.0)
+            server = VLLMServer("bench", settings, scratch / "bench.log", 300.0, 300.0)
             ranks = scratch / f"ranks {name}"
             ranks.mkdir()
             try:

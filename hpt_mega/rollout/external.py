@@ -34,7 +34,6 @@ _LOOK_S = 5.0
 class RemoteClient(VLLMClient):
     """As VLLMClient, with buckets sent through a process group of this process and the server's workers."""
 
-    update_deadline_s: float = 120.0
     workers: int = 1
     _group: BroadcastGroup | None = None
     _plan: Plan | None = None
@@ -74,7 +73,7 @@ class RemoteClient(VLLMClient):
                 raise self.error(str(error)) from None
 
     def error(self, what: str) -> EngineError:
-        return EngineError(f"engine {self.name} at {self.url} {what}")
+        return _error(self.name, self.url, what)
 
     def leave(self) -> None:
         """End the group; the server's side of it has ended or will past its deadline."""
@@ -101,7 +100,7 @@ class ExternalServer:
     def client(self) -> RemoteClient:
         """Raises EngineError where the server was not found yet."""
         if self._client is None:
-            raise EngineError(f"engine {self.name} at {self.url} was not found yet")
+            raise _error(self.name, self.url, "was not found yet")
         return self._client
 
     def start(self, deadline_s: float) -> None:
@@ -120,18 +119,22 @@ class ExternalServer:
                 if error.status == 409:
                     self._end()
                 elif error.status is not None:
-                    raise self._error(f"is none that `hpt serve` started with our key: {error}") from None
+                    raise _error(
+                        self.name, self.url, f"is none that `hpt serve` started with our key: {error}"
+                    ) from None
                 if time.monotonic() > must_end_by:
-                    raise self._error(f"was not ready within {deadline_s:g} s: {error}") from None
+                    raise _error(
+                        self.name, self.url, f"was not ready within {deadline_s:g} s: {error}"
+                    ) from None
             time.sleep(_POLL_S)
         self._client = RemoteClient(
             self.name,
             self.url,
             self.key,
             self.request_deadline_s,
+            self.update_deadline_s,
             self.answer_deadline_s,
             Path(),  # its log is where it runs
-            update_deadline_s=self.update_deadline_s,
             workers=self.workers,
         )
 
@@ -168,5 +171,6 @@ class ExternalServer:
         answer: dict[str, str] = json.loads(exchange(self.url, method, path, "{}", self.key, _LOOK_S))
         return answer
 
-    def _error(self, what: str) -> EngineError:
-        return EngineError(f"engine {self.name} at {self.url} {what}")
+
+def _error(name: str, url: str, what: str) -> EngineError:
+    return EngineError(f"engine {name} at {url} {what}")

@@ -81,7 +81,15 @@ def vllm_server(cfg: Config, name: str, log: Path, environment: dict[str, str]) 
         sleeps=server.sleep,
         logp_at_temperature=rollout.temperature not in (0.0, 1.0),
     )
-    return VLLMServer(name, settings, log, server.request_deadline_s, server.answer_deadline_s, environment)
+    return VLLMServer(
+        name,
+        settings,
+        log,
+        server.request_deadline_s,
+        server.update_deadline_s,
+        server.answer_deadline_s,
+        environment,
+    )
 
 
 def _engine(cfg: Config, name: str, environment: dict[str, str]) -> EngineHandle:

@@ -57,6 +57,7 @@ class VLLMClient:
     url: str
     key: str = field(repr=False)
     request_deadline_s: float
+    update_deadline_s: float  # of each step of an update
     answer_deadline_s: float  # of what neither samples nor moves weights
     log: Path
     _asleep: bool = False
@@ -88,22 +89,22 @@ class VLLMClient:
     def begin_update(self) -> None:
         """Hold running requests still and make the model ready for new weights."""
         if self._asleep:
-            self._post("/wake_up", {}, self.answer_deadline_s)
+            self._post("/wake_up", {}, self.update_deadline_s)
             self._asleep = False
-        self._post("/pause?mode=keep", {}, self.answer_deadline_s)
-        self._post("/start_weight_update", {}, self.answer_deadline_s)
+        self._post("/pause?mode=keep", {}, self.update_deadline_s)
+        self._post("/start_weight_update", {}, self.update_deadline_s)
 
     def load(self, index: int, checksums: Sequence[str]) -> None:
         """Have the engine read bucket `index`; returns when it no longer needs the memory."""
         update = {"index": index, "checksums": list(checksums)}
-        self._post("/update_weights", {"update_info": update}, self.request_deadline_s)
+        self._post("/update_weights", {"update_info": update}, self.update_deadline_s)
 
     def finish_update(self, policy_version: int) -> None:
         """Serve the new weights; what was computed with the old ones is forgotten."""
-        self._post("/finish_weight_update", {"weight_version": str(policy_version)}, self.request_deadline_s)
+        self._post("/finish_weight_update", {"weight_version": str(policy_version)}, self.update_deadline_s)
         # requests held still go on from their tokens, computed anew under the new weights
-        self._post("/reset_prefix_cache?reset_running_requests=true", {}, self.answer_deadline_s)
-        self._post("/resume", {}, self.answer_deadline_s)
+        self._post("/reset_prefix_cache?reset_running_requests=true", {}, self.update_deadline_s)
+        self._post("/resume", {}, self.update_deadline_s)
 
     def abort(self) -> None:
         """End what is being generated; nothing is before the next update."""
@@ -170,6 +171,7 @@ class VLLMServer:
     settings: ServerSettings
     log: Path
     request_deadline_s: float
+    update_deadline_s: float = 120.0
     answer_deadline_s: float = 30.0
     environment: dict[str, str] = field(default_factory=dict)  # e.g. CUDA_VISIBLE_DEVICES
     address: str = "127.0.0.1"  # where it listens
@@ -198,6 +200,7 @@ class VLLMServer:
             f"http://{host}:{port}",
             key,
             self.request_deadline_s,
+            self.update_deadline_s,
             self.answer_deadline_s,
             self.log,
         )

@@ -124,6 +124,21 @@ def test_a_server_is_one_trainers() -> None:
     assert passed == ["/health"]
 
 
+def test_each_step_of_an_update_has_the_deadline_of_updates(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, float] = {}
+
+    def request(client: VLLMClient, method: str, path: str, body: str, timeout_s: float) -> bytes:
+        asked[path] = timeout_s
+        return b""
+
+    monkeypatch.setattr(VLLMClient, "_request", request)
+    client = VLLMClient("fake", "", "", 600.0, 120.0, 30.0, Path(), _asleep=True)
+    client.begin_update()
+    client.load(0, ["checksum"])
+    client.finish_update(1)
+    assert len(asked) == 7 and set(asked.values()) == {120.0}
+
+
 # With a real vLLM.
 
 
@@ -204,7 +219,7 @@ def updates(url: str, model: Path) -> list[list[float]]:
         return None
 
     remote = start()
-    through_memory = VLLMClient("near", url, KEY, ANSWER_S, ANSWER_S, Path()) if remote else None
+    through_memory = VLLMClient("near", url, KEY, ANSWER_S, ANSWER_S, ANSWER_S, Path()) if remote else None
     bring(near, through_memory, 1.0)
     bring(far, remote, 0.5)
     bring(far, remote, 2.0)

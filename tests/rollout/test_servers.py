@@ -36,13 +36,14 @@ def engines(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
 
 
 def test_each_server_has_a_name_and_a_log_of_its_own(engines: Any, tmp_path: Path) -> None:
-    made = engines("rollout=vllm", "rollout.server.engines=3", "rollout.server.answer_deadline_s=7")
+    deadlines = ("rollout.server.update_deadline_s=5", "rollout.server.answer_deadline_s=7")
+    made = engines("rollout=vllm", "rollout.server.engines=3", *deadlines)
     assert list(made) == ["1.0", "1.1", "1.2"]
     assert all(isinstance(engine, VLLMServer) for engine in made.values())
     assert {engine.log for engine in made.values()} == {
         tmp_path / "logs" / f"engine1.{number}.log" for number in range(3)
     }
-    assert made["1.2"].answer_deadline_s == 7
+    assert (made["1.2"].update_deadline_s, made["1.2"].answer_deadline_s) == (5, 7)
     assert made["1.2"].environment == {}
 
 

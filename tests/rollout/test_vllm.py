@@ -175,7 +175,7 @@ def test_vllm_understands_sleep_and_that_an_update_wakes(monkeypatch: pytest.Mon
         return TestClient(app).request(method, path, content=body).raise_for_status().content
 
     monkeypatch.setattr(VLLMClient, "_request", request)
-    client = VLLMClient("fake", 0, "", 5.0, 5.0, Path())
+    client = VLLMClient("fake", 0, "", 5.0, 5.0, 5.0, Path())
     client.sleep()
     for _ in range(2):
         client.begin_update()
