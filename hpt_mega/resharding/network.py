@@ -95,20 +95,25 @@ class BroadcastGroup:
     def name(self) -> str:
         return self._meeting.name
 
-    def send(self, flat: Tensor, answer: Future[Any]) -> None:
-        """As rank 0, broadcast uint8 [bytes] of host memory, until the engine has answered too.
+    def send(self, flat: Tensor, announce: Callable[[], object]) -> None:
+        """As rank 0, broadcast uint8 [bytes] of host memory.
 
-        Raises what the answer raises, or TransferError.
+        `announce` tells the engine meanwhile, and returns when it has taken them; what it raises is raised.
+        It has a deadline of its own. Raises TransferError past the group's.
         """
-        if self._meeting.backend == "nccl":
-            flat = self._staged(flat).copy_(flat)
-        work = self._broadcast(flat)
+        with ThreadPoolExecutor(1) as pool:
+            answer = pool.submit(announce)  # first: on nccl a group's first broadcast waits for the engine
+            if self._meeting.backend == "nccl":
+                flat = self._staged(flat).copy_(flat)
+            self._await(self._broadcast(flat), answer, flat.numel())
+
+    def _await(self, work: dist.Work, answer: Future[object], nbytes: int) -> None:
         must_end_by = time.monotonic() + self._meeting.deadline_s
         while not (work.is_completed() and answer.done()):
             if answer.done() and answer.exception() is not None:
                 answer.result()
             if time.monotonic() > must_end_by:
-                raise self._error("did not take a bucket", f"{flat.numel()} bytes")
+                raise self._error("did not take a bucket", f"{nbytes} bytes")
             time.sleep(_POLL_S)
         try:
             work.wait()

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -65,12 +64,10 @@ class RemoteClient(VLLMClient):
             raise self.error("was not told what weights will come; connect comes first")
         flat = self._shared.buffer(index)[: self._plan.buckets[index].nbytes]
         body = {"update_info": {"index": index, "checksums": list(checksums)}}
-        with ThreadPoolExecutor(1) as pool:
-            answer = pool.submit(self._post, "/update_weights", body, self.update_deadline_s)
-            try:
-                self._group.send(flat, answer)
-            except TransferError as error:
-                raise self.error(str(error)) from None
+        try:
+            self._group.send(flat, lambda: self._post("/update_weights", body, self.update_deadline_s))
+        except TransferError as error:
+            raise self.error(str(error)) from None
 
     def error(self, what: str) -> EngineError:
         return _error(self.name, self.url, what)

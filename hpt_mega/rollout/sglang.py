@@ -294,14 +294,11 @@ class SGLangEngine:
             "shapes": [list(tensor.shape) for _, tensor in tensors],
             "group_name": self._group.name,
         }
-        with ThreadPoolExecutor(1) as pool:
-            answer = pool.submit(
-                self._post, "/update_weights_from_distributed", body, self._settings.update_s
-            )
-            try:
-                self._group.send(flat, answer)
-            except TransferError as error:
-                raise self._error(str(error)) from None
+        path, update_s = "/update_weights_from_distributed", self._settings.update_s
+        try:
+            self._group.send(flat, lambda: self._post(path, body, update_s))
+        except TransferError as error:
+            raise self._error(str(error)) from None
 
     def _join(self) -> BroadcastGroup:
         """A new group of us and the server's ranks; the server answers when all have met."""

@@ -5,10 +5,9 @@ The ranks are threads: each has a group of its own, as a process would.
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 
 import pytest
@@ -46,12 +45,6 @@ def leader_of(
         group.close()
 
 
-def done() -> Future[None]:
-    answer: Future[None] = Future()
-    answer.set_result(None)
-    return answer
-
-
 def bucket(index: int) -> Tensor:
     torch.manual_seed(index)
     return torch.randint(0, 256, (PLAN.buckets[index].nbytes,), dtype=torch.uint8)
@@ -62,27 +55,29 @@ def test_all_workers_of_an_engine_get_each_bucket() -> None:
     with leader_of(2) as (group, workers), ThreadPoolExecutor(2) as pool:
         for index in (0, 1, 0):
             received = [pool.submit(lambda one, i=index: one.buffer(i).clone(), one) for one in workers]
-            group.send(bucket(index), done())
+            group.send(bucket(index), lambda: None)
             assert all(torch.equal(one.result(), bucket(index)) for one in received)
 
 
 @pytest.mark.parametrize("how", ["dies", "hangs", "refuses"])
 def test_a_worker_that_takes_no_bucket_holds_the_leader_up_no_longer_than_the_deadline(how: str) -> None:
-    answer: Future[None] = Future()
     large = torch.zeros(1 << 26, dtype=torch.uint8)  # more than the sockets hold
     with leader_of(1, deadline_s=2.0) as (group, (worker,)):
         if how == "dies":
             worker.close()
-        if how == "refuses":
-            threading.Timer(0.2, answer.set_exception, [TransferError("bucket 0 arrived damaged")]).start()
         wanted = {
             "dies": r"rank 0 of group weights at 127.0.0.1:\d+: its 1 others did not take a bucket",
             "hangs": r"its 1 others did not take a bucket within 2 s",
             "refuses": "bucket 0 arrived damaged",
         }[how]
+
+        def announce() -> None:
+            time.sleep(0.2 if how == "refuses" else 3.0)
+            raise TransferError("bucket 0 arrived damaged")
+
         began = time.monotonic()
         with pytest.raises(TransferError, match=wanted):
-            group.send(large, answer)
+            group.send(large, announce)
         assert time.monotonic() - began < 12.0  # and not the 600 s of torch
 
 
