@@ -57,6 +57,7 @@ class Bench:
     """A fleet with its trainer, and the servers it is made of."""
 
     engine: ServedEngine
+    fleet: Fleet
     servers: list[VLLMServer]
     version: int = 0
 
@@ -79,9 +80,9 @@ class Bench:
     def recover(self) -> float:
         """Seconds until all servers serve again."""
         began = time.monotonic()
-        while self.engine.health():
+        while self.fleet.health():
             if time.monotonic() - began > LIMITS.start_s:
-                raise TimeoutError(self.engine.health())
+                raise TimeoutError(self.fleet.health())
             self.collect()
             time.sleep(0.5)
         return time.monotonic() - began
@@ -107,7 +108,7 @@ def bench(policy: Policy, folders: tuple[Path, Path], scratch: Path, count: int)
     )
     engine = ServedEngine(fleet, sync, policy.layout, Probe(texts, lambda: logp, 1e-4))
     try:
-        yield Bench(engine, servers)
+        yield Bench(engine, fleet, servers)
     finally:
         engine.close()
 
@@ -139,7 +140,7 @@ def counted(groups: list[list[Sample]], expected: list[list[Sample]]) -> str:
 
 def trouble_of(one: Bench) -> str:
     """The fleet's own words about the server that does not serve."""
-    report = one.engine.health().splitlines()
+    report = one.fleet.health().splitlines()
     said = [line.strip() for line in report if line.startswith("  ") and "|" not in line]
     return said[0] if said else "(it is back)"
 
@@ -224,7 +225,7 @@ def at_start(policy: Policy, folders: tuple[Path, Path], scratch: Path, expected
 def listen(one: Bench, said: list[str]) -> None:
     """Keeps the first trouble that the fleet tells."""
     while not said:
-        told = trouble_of(one) if one.engine.health() else ""
+        told = trouble_of(one) if one.fleet.health() else ""
         if told and not told.startswith("("):
             said.append(told)
         time.sleep(0.05)

@@ -47,10 +47,7 @@ Collect = Callable[[], list[list[Sample]]]
 
 
 class RolloutEngine(Protocol):
-    """An engine serves one policy version at a time and says which."""
-
-    @property
-    def policy_version(self) -> int: ...
+    """An engine serves one policy version at a time; its samples say which."""
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: SamplingParams) -> list[list[Sample]]:
         """Sample `sampling.n` responses to each prompt; result[i][j] is the j-th response to prompt i."""
@@ -66,10 +63,6 @@ class RolloutEngine(Protocol):
 
     def sleep(self) -> None:
         """Give back memory that training can use; nothing may be asked before the next update_weights."""
-        ...
-
-    def health(self) -> str:
-        """Empty when the engine can serve; otherwise what is wrong."""
         ...
 
     def close(self) -> None:

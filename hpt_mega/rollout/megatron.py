@@ -31,30 +31,18 @@ _MAX_SENDS_IN_FLIGHT = 64
 class MegatronEngine:
     """In-process rollouts with a KV cache; the weights served are always the trainer's current ones."""
 
-    def __init__(
-        self,
-        model: PolicyModel,
-        layout: Layout,
-        *,
-        vocab_size: int,
-        max_sequences: int,
-        policy_version: int = 0,
-    ) -> None:
+    def __init__(self, model: PolicyModel, layout: Layout, *, vocab_size: int, max_sequences: int) -> None:
         self._model = model
         self._layout = layout
         self._vocab_size = vocab_size
         self._max_sequences = max_sequences
-        self._version = policy_version
+        self._version = 0
         group = experts.ranks().group if model.config.num_moe_experts else None
         self._expert_group = group if group is not None and group.size() > 1 else None
 
     @cached_property
     def _decoders(self) -> list[Decoder]:
         return [Decoder(chunk) for chunk in self._model.chunks]
-
-    @property
-    def policy_version(self) -> int:
-        return self._version
 
     def update_weights(self, policy_version: int) -> dict[str, float]:
         """Nothing moves: trainer and engine share the tensors."""
@@ -63,9 +51,6 @@ class MegatronEngine:
 
     def sleep(self) -> None:
         """It holds no memory between calls."""
-
-    def health(self) -> str:
-        return ""
 
     def close(self) -> None:
         """Nothing was started."""

@@ -55,10 +55,6 @@ class ServedEngine:
         self._expected: list[float] = []  # the trainer's log-probabilities of the probe's responses
         self._intakes: list[Intake] = []  # on the leader, of the update that is under way
 
-    @property
-    def policy_version(self) -> int:
-        return self._version
-
     def generate(self, prompts: Sequence[Sequence[int]], sampling: SamplingParams) -> list[list[Sample]]:
         return self.submit(prompts, sampling)()
 
@@ -123,9 +119,6 @@ class ServedEngine:
         """Free the servers' memory where the config asks for it."""
         if self._sleeps:
             self._together(lambda fleet: fleet.sleep())
-
-    def health(self) -> str:
-        return self._fleet.health() if self._fleet else ""
 
     def close(self) -> None:
         if self._fleet:

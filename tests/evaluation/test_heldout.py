@@ -19,15 +19,8 @@ RIGHT = {1: (1, 1, 0, 1, 0), 2: (0, 0, 0, 0, 0), 3: (1, 1, 1, 1, 1), 4: (0, 0, 1
 class Scripted:
     """Answers question q rightly in the samples of RIGHT[q]."""
 
-    policy_version = 0
-
     def generate(self, prompts: Sequence[Sequence[int]], sampling: SamplingParams) -> list[list[Sample]]:
         return [[Sample((r,), (0.0,), True, 0) for r in RIGHT[p[0]][: sampling.n]] for p in prompts]
-
-    def update_weights(self, policy_version: int) -> None: ...
-
-    def health(self) -> str:
-        return ""
 
 
 def grade(texts: Sequence[str], answers: Sequence[str]) -> list[Verdict]:
