@@ -238,9 +238,7 @@ def _doctor(options: argparse.Namespace) -> int:
     packages = Table("package", "version", "gives", "if missing")
     for package in found.packages:
         install = "" if package.version else package.install
-        packages.add_row(
-            package.name, package.version or "missing", package.gives, install, end_section=False
-        )
+        packages.add_row(package.name, package.version or "missing", package.gives, install)
     console.print(packages)
     pieces = Table("piece of the step", "computed here by", "would be, if installed")
     for name, piece in found.pieces.items():

@@ -55,8 +55,5 @@ class Trajectory:
     def __len__(self) -> int:
         return len(self.prompt_tokens) + len(self.response_tokens)
 
-    def with_reward(self, reward: float) -> Trajectory:
-        return replace(self, reward=reward)
-
     def with_weight(self, weight: float) -> Trajectory:
         return replace(self, weight=weight)

@@ -6,7 +6,6 @@ Who gets which position is decided in loader.py and readers.py.
 from __future__ import annotations
 
 import random
-from bisect import bisect_right
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import accumulate
@@ -68,10 +67,6 @@ class Order:
         seed = f"{self._seed}:{epoch}" if len(self._sizes) == 1 else f"{self._seed}:{part}:{epoch}"
         random.Random(seed).shuffle(order)
         return order
-
-    def part_of(self, index: int) -> int:
-        """Which part a sample is of."""
-        return bisect_right(self._first, index) - 1
 
 
 def shares(total: int, weights: Sequence[float]) -> list[int]:

@@ -68,7 +68,7 @@ def examine(cfg: Config, gpu: Hardware, chosen: Sequence[int] | None) -> Finding
     except PlanError as error:
         found.problems.append(f"memory cannot be estimated: {error}")
         return found
-    found.problems += [*_fit(cfg, found.stages, gpu), *_servers_fit(cfg, shape, gpu)]
+    found.problems += [*_fit(found.stages, gpu), *_servers_fit(cfg, shape, gpu)]
     found.problems += _as_planned(cfg, found, shape)
     return found
 
@@ -136,7 +136,7 @@ def _coverage(found: Findings, family: Family, shape: ModelShape, parallel: Para
         found.covered += f"; {sum(1 for _ in family.entries(shape)) - len(expected)} more like them not built"
 
 
-def _fit(cfg: Config, found: Sequence[Stage], gpu: Hardware) -> Iterator[str]:
+def _fit(found: Sequence[Stage], gpu: Hardware) -> Iterator[str]:
     fullest = max(range(len(found)), key=lambda stage: found[stage].total)
     stage = found[fullest]
     if stage.total <= gpu.memory_gib:

@@ -46,11 +46,8 @@ def tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def save(folder: Path, family: str, size: str, seed: int) -> int:
-    """Save random weights with their tokenizer as a Hugging Face folder; returns the number of parameters.
-
-    The folder is whole whenever it exists.
-    """
+def save(folder: Path, family: str, size: str, seed: int) -> None:
+    """Save random weights with their tokenizer as a Hugging Face folder, whole whenever it exists."""
     words = tokenizer()
     config_class, traits = FAMILIES[family]
     shape = SIZES[size]
@@ -71,4 +68,3 @@ def save(folder: Path, family: str, size: str, seed: int) -> int:
     with writing_folder(folder) as aside:
         model.save_pretrained(aside)
         words.save_pretrained(aside)
-    return sum(parameter.numel() for parameter in model.parameters())

@@ -52,10 +52,6 @@ class Layout:
         return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
 
     @property
-    def is_first_stage(self) -> bool:
-        return self.pp_rank == 0
-
-    @property
     def is_last_stage(self) -> bool:
         return self.pp_rank == self.pp_size - 1
 
@@ -72,12 +68,10 @@ class Layout:
         """Global rank of this process's peer on pipeline stage `stage`."""
         return dist.get_global_rank(self.pp_group, stage)
 
-    def broadcast_object(self, value: T | None, source: int | None = None) -> T:
-        """Give every rank of this replica the leader's (or global rank `source`'s) object."""
+    def broadcast_object(self, value: T | None) -> T:
+        """Give every rank of this replica the leader's object."""
         box: list[Any] = [value]
-        dist.broadcast_object_list(
-            box, src=self.leader if source is None else source, group=self.waiting_group
-        )
+        dist.broadcast_object_list(box, src=self.leader, group=self.waiting_group)
         return box[0]
 
     def from_rank_zero(self, value: T | None) -> T | None:
@@ -116,7 +110,7 @@ def initialize(cfg: Config) -> Layout:
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, timeout=timedelta(seconds=cfg.trainer.deadline_s))
     layout = build_groups(cfg.parallel, timedelta(seconds=cfg.trainer.deadline_s))
-    _seed(cfg, layout)
+    _seed(cfg)
     return layout
 
 
@@ -185,7 +179,7 @@ def _replica_groups(
     return mine, waiting
 
 
-def _seed(cfg: Config, layout: Layout) -> None:
+def _seed(cfg: Config) -> None:
     from megatron.core import tensor_parallel
 
     random.seed(cfg.seed)

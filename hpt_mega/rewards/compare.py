@@ -314,7 +314,7 @@ def _compare_single(gold: str, given: str, depth: int) -> Outcome:
         return Outcome(False, "a relation where a value is asked for")
     if _relation(gold):
         return Outcome(False, "no relation")
-    return _compare_text(gold, given) or _compare_quantities(gold, given, depth)
+    return _compare_text(gold, given) or _compare_quantities(gold, given)
 
 
 def symbols_of(text: str) -> bool:
@@ -385,7 +385,7 @@ def _compare_text(gold: str, given: str) -> Outcome | None:
     return Outcome(same, "the same words" if same else "other words")
 
 
-def _compare_quantities(gold: str, given: str, depth: int) -> Outcome:
+def _compare_quantities(gold: str, given: str) -> Outcome:
     (value, unit), (other_value, other_unit) = split_unit(scaled(gold)), split_unit(scaled(given))
     factor = conversion(unit, other_unit)
     if factor is None:

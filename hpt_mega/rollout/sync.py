@@ -97,8 +97,8 @@ class WeightSync:
         }
 
     def _pieces(self, given: dict[Part, tuple[Entry, Tensor]]) -> Iterator[tuple[str, Piece]]:
-        for (_, rank, size), (entry, tensor) in given.items():
-            for piece in entry.fusion.contribution(tensor, self._shape, rank, size):
+        for (_, rank, _), (entry, tensor) in given.items():
+            for piece in entry.fusion.contribution(tensor, self._shape, rank):
                 yield entry.hf[piece.tensor], piece
 
     def _open(self, bucket_bytes: int) -> SharedBuckets | None:

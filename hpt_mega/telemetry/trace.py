@@ -23,6 +23,3 @@ class Trace:
         begun = (time.time() - seconds) * 1e6
         event = {"name": name, "ph": "X", "ts": begun, "dur": seconds * 1e6, "pid": self._rank, "tid": 0}
         self._file.write(json.dumps(event) + ",\n")
-
-    def close(self) -> None:
-        self._file.close()

@@ -14,9 +14,8 @@ import torch
 from hpt_mega.checkpoint.model_folder import read_model
 from hpt_mega.config import Config, ConfigError
 from hpt_mega.validation import data, layout, model, objective, optimizer, precision, rollout, run, values
-from hpt_mega.validation.run import is_unfinished
 
-__all__ = ["contradictions", "is_unfinished", "missing_here", "validate", "validate_server"]
+__all__ = ["contradictions", "missing_here", "validate", "validate_server"]
 
 
 def validate(cfg: Config) -> None:

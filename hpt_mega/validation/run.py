@@ -13,7 +13,7 @@ def folder(cfg: Config) -> Iterator[str]:
     run_dir = Path(cfg.run_dir)
     if run_dir.exists() and not run_dir.is_dir():
         yield f"run_dir={run_dir} is a file; choose another folder"
-    if cfg.resume == "never" and is_unfinished(run_dir):
+    if cfg.resume == "never" and _is_unfinished(run_dir):
         yield f"run_dir={run_dir} holds an unfinished run; set resume=auto to go on, or another run_dir"
     if cfg.resume == "auto" and (run_dir / "summary.json").is_file():
         yield from _of_another_run(cfg, run_dir)
@@ -31,6 +31,6 @@ def _of_another_run(cfg: Config, run_dir: Path) -> Iterator[str]:
         )
 
 
-def is_unfinished(run_dir: Path) -> bool:
+def _is_unfinished(run_dir: Path) -> bool:
     """Whether a run has begun there and not ended."""
     return (run_dir / "metrics.jsonl").is_file() and not (run_dir / "summary.json").is_file()

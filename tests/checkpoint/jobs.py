@@ -103,7 +103,7 @@ def logits(chunks: list[Any], layout: Any, shape: Any, tokens: Tensor = PROMPT) 
     with torch.no_grad():
         for number, chunk in enumerate(chunks):
             with chunk.inference():
-                if number or not layout.is_first_stage:
+                if number or layout.pp_rank != 0:
                     if layout.pp_size > 1:
                         dist.recv(hidden, layout.stage_rank(before), group)
                     chunk.set_input_tensor(hidden)

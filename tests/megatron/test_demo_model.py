@@ -56,7 +56,7 @@ def megatron_logits(parallel: ParallelConfig) -> Tensor:
     tokens = token_ids()
     with torch.no_grad(), model.inference():
         hidden = torch.empty(LENGTH, len(tokens), shape.hidden_size)
-        if not layout.is_first_stage:
+        if layout.pp_rank != 0:
             dist.recv(hidden, layout.stage_rank(layout.pp_rank - 1), layout.pp_group)
             model.set_input_tensor(hidden)
         hidden = model(tokens, torch.arange(LENGTH)[None], None)

@@ -106,7 +106,7 @@ def test_the_ranks_copies_rebuild_the_tensors_they_were_cut_from(family: Family,
         pieces = [
             (entry.hf[piece.tensor], piece)
             for entry, part in held.items()
-            for piece in entry.fusion.contribution(part, shape, rank, size)
+            for piece in entry.fusion.contribution(part, shape, rank)
         ]
         writes = plan_writes(plan, pieces)
         for entry, part in held.items():  # training goes on: a plan outlives the values it was made with

@@ -76,7 +76,7 @@ class Fusion:
         cut = [shard.chunk(self.blocks, self.dim) for shard in shards]
         return torch.cat([pieces[block] for block in range(self.blocks) for pieces in cut], dim=self.dim)
 
-    def contribution(self, part: Tensor, shape: ModelShape, rank: int, size: int) -> list[Piece]:
+    def contribution(self, part: Tensor, shape: ModelShape, rank: int) -> list[Piece]:
         """What a rank's part gives to each Hugging Face tensor; the first rank gives what all hold."""
         if self.dim is None:
             return [Piece(0, 0, 0, part)] if rank == 0 else []
@@ -127,10 +127,10 @@ class LatentDown(Split):
     def merge(self, shards: Sequence[Tensor], shape: ModelShape) -> list[Tensor]:
         return [shards[0]] if self._is_whole(shards[0], shape) else super().merge(shards, shape)
 
-    def contribution(self, part: Tensor, shape: ModelShape, rank: int, size: int) -> list[Piece]:
+    def contribution(self, part: Tensor, shape: ModelShape, rank: int) -> list[Piece]:
         if self._is_whole(part, shape):
             return [Piece(0, 0, 0, part)] if rank == 0 else []
-        return super().contribution(part, shape, rank, size)
+        return super().contribution(part, shape, rank)
 
     def _is_whole(self, part: Tensor, shape: ModelShape) -> bool:
         return shape.latent is not None and len(part) == self._rows(shape.latent)
@@ -144,7 +144,7 @@ class Vocabulary(Fusion):
     def views(self, whole: Tensor, shape: ModelShape) -> list[Tensor]:
         return [whole[: shape.vocab_size]]
 
-    def contribution(self, part: Tensor, shape: ModelShape, rank: int, size: int) -> list[Piece]:
+    def contribution(self, part: Tensor, shape: ModelShape, rank: int) -> list[Piece]:
         start = rank * len(part)
         return [Piece(0, 0, start, part[: max(0, shape.vocab_size - start)])]
 
@@ -173,7 +173,7 @@ class QueryKeyValue(Fusion):
     def split(self, whole: Tensor, shape: ModelShape) -> list[Tensor]:
         return [view.flatten(0, 1) for view in self.views(whole, shape)]
 
-    def contribution(self, part: Tensor, shape: ModelShape, rank: int, size: int) -> list[Piece]:
+    def contribution(self, part: Tensor, shape: ModelShape, rank: int) -> list[Piece]:
         """A piece a group: together, a tensor's rows are no view of the part."""
         sizes = self._sizes(shape)
         by_group = part.unflatten(0, (-1, sum(sizes)))
