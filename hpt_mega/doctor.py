@@ -1,24 +1,22 @@
 """What is installed here, which implementation each fused piece takes, and what each missing part would give.
 
-Packages are found by their metadata. Which fused kernels are used is megatron-core's own choice, made when it
-is imported: it is imported here and asked.
+Packages are found by their metadata. Whose fused kernels are used is asked of megatron-core, in megatron/.
 """
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import platform
 import shutil
 import subprocess
-import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 import torch
+
+from hpt_mega.megatron.kernels import makers
 
 MEGATRON = "0.16.1"  # the version that the CPU patches and the layer names were written against
 FP8_NEEDS = {"delayed": 8.9, "tensorwise": 8.9, "blockwise": 9.0, "mxfp8": 10.0}  # compute capability
@@ -82,7 +80,7 @@ def diagnose() -> Diagnosis:
     versions = {package.name: package.version for package in packages}
     gpus = tuple(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))
     capability = _capability() if gpus else None
-    kernels = _kernels() if versions["megatron-core"] else {}
+    kernels = makers() if versions["megatron-core"] else {}
     driver = _driver()
     return Diagnosis(
         host=platform.node(),
@@ -139,38 +137,6 @@ def _driver() -> str | None:
     return found.stdout.strip().partition("\n")[0] or None
 
 
-def _kernels() -> dict[str, str]:
-    """Who makes the kernels that megatron-core took when it was imported."""
-    from hpt_mega.megatron import cpu
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that apex or TE is missing, which is what is reported here
-        cpu.install()
-        importlib.import_module("megatron.core.models.gpt.gpt_layer_specs")
-    optimizer: Any = importlib.import_module("megatron.core.optimizer")
-    clip: Any = importlib.import_module("megatron.core.optimizer.clip_grads")
-    layers: Any = importlib.import_module("megatron.core.tensor_parallel.layers")
-    return {
-        "adam": _maker(optimizer.Adam),
-        "clip": _maker(clip.l2_norm_impl),
-        "accumulation": "apex" if layers._grad_accum_fusion_available else "torch",
-        "layers": "Transformer Engine" if layers.HAVE_TE else "megatron-core",
-    }
-
-
-def _maker(function: Any) -> str:
-    names = {
-        "transformer_engine": "Transformer Engine",
-        "transformer_engine_torch": "Transformer Engine",
-        "apex": "apex",
-        "amp_C": "apex",
-        "torch": "torch",
-        "megatron": "megatron-core",
-    }
-    root = str(getattr(function, "__module__", "")).partition(".")[0]
-    return names.get(root, root or "an extension")
-
-
 def _pieces(
     capability: float | None, versions: dict[str, str | None], kernels: dict[str, str]
 ) -> dict[str, Piece]:
@@ -206,9 +172,25 @@ def _pieces(
         else Piece("added to the fp32 buffer after the matrix product", "on a GPU with apex: by the product"),
         "log-probabilities": Piece("chunked over tokens, vocab-parallel, recomputed in backward"),
         "collectives": Piece("NCCL" if on_gpu else "gloo", "" if on_gpu else "on a GPU: NCCL"),
-        "rollouts": Piece("embedded in the training process, on the training weights"),
-        "batches": Piece("torch"),
+        "rollouts": _chosen(
+            "the training processes, on their own weights (rollout=megatron)",
+            {
+                "vLLM's servers (rollout=vllm)": versions["vllm"] is not None,
+                "SGLang's servers (rollout=sglang), which need a GPU": on_gpu
+                and versions["sglang"] is not None,
+            },
+        ),
+        "stored tokens": _chosen(
+            "torch (data.reader=torch)",
+            {"DALI's pipelines (data.reader=dali)": versions["nvidia-dali"] is not None},
+        ),
     }
+
+
+def _chosen(always: str, others: Mapping[str, bool]) -> Piece:
+    """A piece that a setting chooses: among what is there, and what is not."""
+    here = [always, *(name for name, is_here in others.items() if is_here)]
+    return Piece("; or ".join(here), "; or ".join(name for name in others if name not in here))
 
 
 def _fp8(capability: float | None, engine: bool) -> str:

@@ -52,6 +52,26 @@ def test_an_apex_that_megatron_takes_is_reported_and_refused_without_a_gpu(tmp_p
     assert found["pieces"]["gradient norm and clipping"]["taken"] == "megatron-core's"  # it has no kernels
 
 
+def test_engines_and_readers_are_named_with_the_settings_that_choose_them(tmp_path: Path) -> None:
+    def choices(found: dict[str, Any], piece: str) -> tuple[str, str]:
+        return found["pieces"][piece]["taken"], found["pieces"][piece]["would"]
+
+    found = diagnosis()
+    versions = {package["name"]: package["version"] for package in found["packages"]}
+    rollouts, absent = choices(found, "rollouts")
+    assert "rollout=megatron" in rollouts
+    has_vllm = versions["vllm"] is not None
+    assert ("rollout=vllm" in rollouts, "rollout=vllm" in absent) == (has_vllm, not has_vllm)
+    if not found["gpus"]:
+        assert "rollout=sglang" in absent and "rollout=sglang" not in rollouts
+    for name, version in (("vllm", "0.32.0"), ("nvidia_dali_cuda130", "2.4.0")):
+        (about := tmp_path / f"{name}-{version}.dist-info").mkdir()
+        (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    found = diagnosis(tmp_path)
+    assert "rollout=vllm" in choices(found, "rollouts")[0]
+    assert "data.reader=dali" in choices(found, "stored tokens")[0]
+
+
 def test_the_unrelated_apex_of_pypi_is_named(tmp_path: Path) -> None:
     (tmp_path / "apex").mkdir()
     (tmp_path / "apex" / "__init__.py").touch()
