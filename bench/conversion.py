@@ -26,8 +26,8 @@ from pathlib import Path
 import torch
 
 from hpt_mega.checkpoint.hf import HFWriter
-from hpt_mega.checkpoint.safetensors import Spec
 from hpt_mega.resharding.mapping import family_for
+from hpt_mega.spec import Spec
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],

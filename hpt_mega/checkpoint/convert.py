@@ -36,13 +36,14 @@ from hpt_mega.checkpoint.megatron_folder import (
     is_legacy,
     iteration_folder,
 )
-from hpt_mega.checkpoint.safetensors import DTYPE_CODES, Spec, checksum, raw_bytes
+from hpt_mega.checkpoint.safetensors import checksum, raw_bytes
 from hpt_mega.checkpoint.scratch import Scratch
 from hpt_mega.checkpoint.torch_dist import TorchDistReader, TorchDistWriter, extra_states, planned_chunks
 from hpt_mega.checkpoint.workers import each_step
 from hpt_mega.resharding.mapping import Entry, MappingError, ModelShape, family_for
 from hpt_mega.resharding.mapping.fusion import Vocabulary
 from hpt_mega.resharding.mapping.table import HF_EMBEDDING, HF_OUTPUT_LAYER, compare
+from hpt_mega.spec import DTYPE_CODES, Spec
 
 MANIFEST = "manifest.json"
 Progress = Callable[[int, int], None]  # is told the bytes of each parameter when it is done, and of all

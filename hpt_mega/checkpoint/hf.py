@@ -19,7 +19,6 @@ from torch import Tensor
 from hpt_mega.checkpoint.fp8 import SCALE_SUFFIX, dequantize
 from hpt_mega.checkpoint.safetensors import (
     Slot,
-    Spec,
     header_of,
     member,
     read_header,
@@ -28,6 +27,7 @@ from hpt_mega.checkpoint.safetensors import (
 )
 from hpt_mega.checkpoint.scratch import Scratch
 from hpt_mega.resharding.mapping import Family, ModelShape
+from hpt_mega.spec import Spec
 
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5 * 1000**3

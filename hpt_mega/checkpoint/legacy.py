@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from hpt_mega.checkpoint.megatron_folder import LEGACY_RANK
-from hpt_mega.checkpoint.safetensors import Spec
 from hpt_mega.resharding.mapping import Entry, MappingError, ModelShape
 from hpt_mega.resharding.mapping.table import EMBEDDING, OUTPUT_LAYER, canonical_name
+from hpt_mega.spec import Spec
 
 _FILES = ("model_optim_rng.pt", "model_rng.pt")
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")

@@ -7,7 +7,6 @@ folders of such files mean is in hf.py.
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -19,46 +18,11 @@ import torch
 import xxhash
 from torch import Tensor
 
-# in the order the package sorts a file's tensors by, last first
-DTYPE_CODES = {
-    torch.uint8: "U8",
-    torch.int8: "I8",
-    torch.float8_e5m2: "F8_E5M2",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.int16: "I16",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int32: "I32",
-    torch.float32: "F32",
-    torch.float64: "F64",
-    torch.int64: "I64",
-}
-_DTYPES = {code: dtype for dtype, code in DTYPE_CODES.items()}
+from hpt_mega.spec import CODED_DTYPES, DTYPE_CODES, Spec
+
 _RANK = {dtype: rank for rank, dtype in enumerate(DTYPE_CODES)}
 _ROWS_BYTES = 2**18  # fits a core's cache
 _LONGEST_HEADER = 100 * 2**20
-
-
-@dataclass(frozen=True)
-class Spec:
-    """A tensor without its data."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
-
-    @classmethod
-    def of(cls, tensor: Tensor) -> Spec:
-        return cls(tensor.dtype, tuple(tensor.shape))
-
-    def fits(self, tensor: Tensor) -> bool:
-        """Does the tensor hold this, whether or not its rows are in groups along a dimension before them?"""
-        groups = 1 + tensor.dim() - len(self.shape)
-        sizes = (math.prod(tensor.shape[:groups]), *tensor.shape[groups:]) if self.shape else tensor.shape
-        return groups > 0 and (tensor.dtype, tuple(sizes)) == (self.dtype, self.shape)
 
 
 def member(folder: Path, name: str) -> Path:
@@ -108,9 +72,9 @@ def _slot(path: Path, name: str, entry: Mapping[str, Any], data_begin: int) -> S
         code = str(entry["dtype"])
     except (KeyError, TypeError, ValueError):
         raise ValueError(f"{path} describes {name} as {entry}; copy the file again") from None
-    if code not in _DTYPES:
-        raise ValueError(f"{path} holds {name} as {code}; expected one of {', '.join(_DTYPES)}")
-    spec = Spec(_DTYPES[code], shape)
+    if code not in CODED_DTYPES:
+        raise ValueError(f"{path} holds {name} as {code}; expected one of {', '.join(CODED_DTYPES)}")
+    spec = Spec(CODED_DTYPES[code], shape)
     if end - begin != spec.nbytes:
         raise ValueError(
             f"{path} gives {name} {end - begin} bytes, expected {spec.nbytes} for {list(shape)} of {code}"

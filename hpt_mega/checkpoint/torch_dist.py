@@ -32,9 +32,10 @@ from torch.distributed.checkpoint.metadata import (
 
 from hpt_mega.checkpoint.layout import TargetLayout
 from hpt_mega.checkpoint.megatron_folder import TORCH_DIST
-from hpt_mega.checkpoint.safetensors import Spec, member, read_into, write_bytes, write_from
+from hpt_mega.checkpoint.safetensors import member, read_into, write_bytes, write_from
 from hpt_mega.checkpoint.scratch import Scratch
 from hpt_mega.resharding.mapping import Entry, MappingError, ModelShape
+from hpt_mega.spec import Spec
 
 FORMAT_FILE = "metadata.json"
 _FORMAT = {

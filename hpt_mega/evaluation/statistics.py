@@ -107,3 +107,9 @@ def mean_pass_at_k(
 ) -> Estimate:
     """pass@k over questions with its interval."""
     return bootstrap(pass_at_k(samples, correct, k), level, seed)
+
+
+def powers_of_two(limit: int) -> list[int]:
+    """1, 2, 4, ... up to the limit, and the limit."""
+    powers = [2**i for i in range(limit.bit_length()) if 2**i <= limit]
+    return powers if powers[-1] == limit else [*powers, limit]

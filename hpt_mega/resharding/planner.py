@@ -16,11 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hpt_mega.checkpoint.safetensors import DTYPE_CODES, Spec
 from hpt_mega.resharding.mapping.fusion import Piece
+from hpt_mega.spec import CODED_DTYPES, DTYPE_CODES, Spec
 
 ALIGNMENT = 64  # bytes; every slot begins at a multiple, so that it can be viewed as any dtype
-_DTYPES = {code: dtype for dtype, code in DTYPE_CODES.items()}
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,7 @@ class Slot:
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        return _DTYPES[self.dtype]
+        return CODED_DTYPES[self.dtype]
 
     @property
     def nbytes(self) -> int:

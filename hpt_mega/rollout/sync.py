@@ -11,7 +11,6 @@ from collections.abc import Iterator, Sequence
 import torch.distributed as dist
 from torch import Tensor
 
-from hpt_mega.checkpoint.safetensors import Spec
 from hpt_mega.checkpoint.weights import own_entries
 from hpt_mega.megatron.model import PolicyModel
 from hpt_mega.megatron.runtime import Layout
@@ -21,6 +20,7 @@ from hpt_mega.resharding.mapping import Entry, Family, ModelShape
 from hpt_mega.resharding.mapping.fusion import Piece
 from hpt_mega.resharding.planner import plan_update, plan_writes
 from hpt_mega.resharding.transport import Receiver, SharedBuckets, stream
+from hpt_mega.spec import Spec
 
 Part = tuple[str, int, int]  # a Megatron parameter, which part of it, of how many
 

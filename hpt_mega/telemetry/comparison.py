@@ -12,7 +12,7 @@ from html import escape
 from pathlib import Path
 from statistics import fmean
 
-from hpt_mega.evaluation.results import powers_of_two
+from hpt_mega.evaluation.statistics import powers_of_two
 from hpt_mega.files import write_atomically
 from hpt_mega.telemetry import comparison_plots, page
 from hpt_mega.telemetry.runs import Finished, alike, comparable, find, newest, unfinished, unnamed

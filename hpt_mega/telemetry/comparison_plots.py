@@ -16,8 +16,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from hpt_mega.evaluation.results import powers_of_two
-from hpt_mega.evaluation.statistics import pass_at_k
+from hpt_mega.evaluation.statistics import pass_at_k, powers_of_two
 from hpt_mega.telemetry.plots import STYLE, WINDOW, Plot, as_svg, running_mean
 from hpt_mega.telemetry.runs import Counts, Finished
 from hpt_mega.telemetry.summary import ACCURACY

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from hpt_mega.checkpoint.hf import HFWriter
-from hpt_mega.checkpoint.safetensors import Spec
 from hpt_mega.resharding.mapping import family_for
+from hpt_mega.spec import Spec
 
 SHARD_BYTES = 40_000_000
 CONFIG = {

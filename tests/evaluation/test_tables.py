@@ -8,7 +8,8 @@ from hpt_mega.evaluation.benchmarks import Benchmark
 from hpt_mega.evaluation.config import EvalConfig
 from hpt_mega.evaluation.journal import GREEDY, SAMPLED, Graded
 from hpt_mega.evaluation.published import COLUMNS, IN_DISTRIBUTION, PUBLISHED, column
-from hpt_mega.evaluation.results import Result, powers_of_two, results
+from hpt_mega.evaluation.results import Result, results
+from hpt_mega.evaluation.statistics import powers_of_two
 from hpt_mega.evaluation.tables import comparison, html, latex, markdown
 from hpt_mega.trajectory import Question
 

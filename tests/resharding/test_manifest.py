@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from hpt_mega.checkpoint.safetensors import Spec
 from hpt_mega.resharding.manifest import Ledger, TransferError, check_names, checksums
 from hpt_mega.resharding.planner import plan_update
+from hpt_mega.spec import Spec
 
 PLAN = plan_update({name: Spec(torch.float32, (3, 5)) for name in ("first", "second", "third")}, 128)
 

@@ -14,10 +14,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from hpt_mega.checkpoint.safetensors import Spec
 from hpt_mega.resharding.manifest import TransferError
 from hpt_mega.resharding.network import BroadcastGroup, Meeting, NetworkBuckets, address_towards
 from hpt_mega.resharding.planner import plan_update
+from hpt_mega.spec import Spec
 
 pytestmark = pytest.mark.timeout(120)
 PLAN = plan_update({"a": Spec(torch.float32, (50, 3)), "b": Spec(torch.bfloat16, (7,))}, 512)

@@ -11,11 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hpt_mega.checkpoint.safetensors import Spec
 from hpt_mega.resharding.mapping import FAMILIES, Family, ModelShape
 from hpt_mega.resharding.mapping.fusion import padded_vocab_size
 from hpt_mega.resharding.mapping.shape import Experts, LatentAttention
 from hpt_mega.resharding.planner import ALIGNMENT, Plan, plan_update, plan_writes
+from hpt_mega.spec import Spec
 
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16])
 SHAPES = st.lists(st.integers(1, 13), min_size=1, max_size=3).map(tuple)

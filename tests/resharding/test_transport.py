@@ -11,12 +11,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hpt_mega.checkpoint.safetensors import Spec
 from hpt_mega.resharding.gather import Gather
 from hpt_mega.resharding.manifest import Ledger, TransferError
 from hpt_mega.resharding.mapping.fusion import Piece
 from hpt_mega.resharding.planner import Plan, plan_update, plan_writes
 from hpt_mega.resharding.transport import SharedBuckets, stream
+from hpt_mega.spec import Spec
 from tests.ranks import run_ranks
 
 SIZES = {"rows": (10, 3), "columns": (5, 8), "long": (40, 7), "last": (1, 2), "wide": (3,)}

@@ -20,7 +20,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from hpt_mega.checkpoint.safetensors import Spec
 from hpt_mega.resharding.planner import Plan, plan_update
 from hpt_mega.resharding.transport import SharedBuckets
 from hpt_mega.rollout import sglang
@@ -30,6 +29,7 @@ from hpt_mega.rollout.fleet import Limits
 from hpt_mega.rollout.handle import EngineClient
 from hpt_mega.rollout.process import free_port
 from hpt_mega.rollout.sglang import Launch, Settings, SGLangEngine
+from hpt_mega.spec import Spec
 
 pytestmark = pytest.mark.timeout(120)
 CONTRACT = Path(__file__).parent / "sglang_contract.py"
