@@ -21,8 +21,8 @@ from itertools import product
 from pathlib import Path
 
 from hpt_mega.config import ParallelConfig
+from hpt_mega.process import free_port
 from hpt_mega.rollout.engine import SamplingParams
-from hpt_mega.rollout.process import free_port
 from hpt_mega.rollout.sync import WeightSync
 from hpt_mega.rollout.vllm import VLLMClient
 from tests.megatron.tiny import build_policy, config, leave_job

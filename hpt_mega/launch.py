@@ -18,7 +18,7 @@ from pathlib import Path
 from types import FrameType
 
 from hpt_mega.config import Config, save
-from hpt_mega.rollout.process import die_with_parent, free_port
+from hpt_mega.process import die_with_parent, free_port, tail
 
 WORKER = "hpt_mega.worker"
 TORCHRUN = "torch.distributed.run"
@@ -27,25 +27,23 @@ LOG_LINES = 12
 
 
 def launch(cfg: Config) -> int:
-    """Train with the config and return the exit code; 128 + n where signal n ended the run.
+    """Train with the config; returns as run does."""
+    if "RANK" not in os.environ and cfg.resume == "never":
+        _set_aside_finished_run(Path(cfg.run_dir))
+    return run(cfg, Path(cfg.run_dir) / "config.yaml", WORKER, cfg.parallel.world_size)
 
-    Inside torchrun (RANK is set) this process is one rank and trains itself. Otherwise parallel.world_size
+
+def run(cfg: object, config_path: Path, worker: str, world_size: int) -> int:
+    """Save the config (any dataclass) and run the module `worker` with it.
+
+    Inside torchrun (RANK is set) this process is one rank and does the work itself. Otherwise world_size
     processes are started on this machine, and live no longer than this one. Rank 0 writes to this terminal;
-    everything else goes to RUN_DIR/logs.
+    everything else goes to the folder logs beside the config. Returns the exit code, 128 + n where signal n
+    ended the run.
     """
-    run_dir = Path(cfg.run_dir)
-    config_path = run_dir / "config.yaml"
-    if "RANK" in os.environ:
-        save(cfg, config_path)
-        return run_worker(config_path, WORKER)
-    if cfg.resume == "never":
-        _set_aside_finished_run(run_dir)
     save(cfg, config_path)
-    return start_processes(cfg.parallel.world_size, config_path, WORKER)
-
-
-def start_processes(world_size: int, config_path: Path, worker: str) -> int:
-    """Run the module `worker` in world_size processes here; returns the exit code as launch does."""
+    if "RANK" in os.environ:
+        return _run_worker(config_path, worker)
     logs = config_path.parent / "logs"
     logs.mkdir(exist_ok=True)
     for stale in [*logs.glob("*.log"), *logs.glob("failure_rank*.json")]:
@@ -141,12 +139,11 @@ def failure_report(logs: Path) -> str:
     failure, count = _first_failure(logs)
     if failure is None:
         starter = logs / ("srun.log" if (logs / "srun.log").is_file() else "torchrun.log")
-        return f"error: the run failed before any rank began\n{_tail(starter)}\nlogs: {logs}"
+        return f"error: the run failed before any rank began\n{_end_of(starter)}\nlogs: {logs}"
     others = f" ({count - 1} more failed after it)" if count > 1 else ""
     log = logs / f"rank{failure.rank}.log"
-    return (
-        f"error: rank {failure.rank} {failure.what}{others}\nlast lines of {log}:\n{_tail(log)}\nlogs: {logs}"
-    )
+    what = f"error: rank {failure.rank} {failure.what}{others}"
+    return f"{what}\nlast lines of {log}:\n{_end_of(log)}\nlogs: {logs}"
 
 
 def _first_failure(logs: Path) -> tuple[Failure | None, int]:
@@ -197,9 +194,8 @@ def _srun_codes(log: Path) -> dict[int, int]:
     return codes
 
 
-def _tail(log: Path) -> str:
-    lines = log.read_text(errors="replace").splitlines() if log.is_file() else []
-    return "\n".join(f"  | {line}" for line in lines[-LOG_LINES:]) or "  | (empty)"
+def _end_of(log: Path) -> str:
+    return "\n".join(f"  | {line}" for line in tail(log, LOG_LINES).splitlines()) or "  | (empty)"
 
 
 def _run_rank(config_path: Path, worker: str) -> int:
@@ -213,10 +209,10 @@ def _run_rank(config_path: Path, worker: str) -> int:
         os.dup2(log.fileno(), sys.stderr.fileno())
         if rank != 0:
             os.dup2(log.fileno(), sys.stdout.fileno())
-    return run_worker(config_path, worker)
+    return _run_worker(config_path, worker)
 
 
-def run_worker(config_path: Path, worker: str) -> int:
+def _run_worker(config_path: Path, worker: str) -> int:
     """Run the worker's module as the main one, as `python -m` would; returns its exit code."""
     sys.argv[1:] = [str(config_path)]
     try:

@@ -14,7 +14,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from hpt_mega.config import ConfigError, save
+from hpt_mega.config import ConfigError
 from hpt_mega.config import leaves as key_names
 from hpt_mega.evaluation.config import EvalConfig, check_resumable, compose, load
 
@@ -52,12 +52,9 @@ def _run(options: argparse.Namespace) -> int:
         check_resumable(cfg, load(config_path))
 
     from hpt_mega.evaluation.engines import job_config
-    from hpt_mega.launch import run_worker, start_processes
+    from hpt_mega.launch import run
 
-    save(cfg, config_path)
-    if "RANK" in os.environ:
-        return run_worker(config_path, WORKER)
-    return start_processes(job_config(cfg).parallel.world_size, config_path, WORKER)
+    return run(cfg, config_path, WORKER, job_config(cfg).parallel.world_size)
 
 
 def validate(cfg: EvalConfig) -> None:

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from hpt_mega.config import ConfigError
 from hpt_mega.lab.grid import Job, Run
-from hpt_mega.rollout.process import die_with_parent
+from hpt_mega.process import die_with_parent
 from hpt_mega.telemetry.terminal import duration
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
+from hpt_mega.process import OwnedProcess, free_port, tail
 from hpt_mega.resharding.assembly import Assembly
 from hpt_mega.resharding.manifest import TransferError
 from hpt_mega.resharding.network import BroadcastGroup, Meeting
@@ -28,7 +29,6 @@ from hpt_mega.resharding.transport import SharedBuckets
 from hpt_mega.rollout import sglang_wire as wire
 from hpt_mega.rollout.engine import EngineError, Sample, SamplingParams
 from hpt_mega.rollout.exchange import ExchangeError, exchange
-from hpt_mega.rollout.process import OwnedProcess, free_port, tail
 
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _REQUESTS_AT_ONCE = 64

@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 
+from hpt_mega.process import KEEP_MEMORY, OwnedProcess, free_port, tail
 from hpt_mega.resharding.planner import Plan
 from hpt_mega.rollout.engine import EngineError, Sample, SamplingParams
 from hpt_mega.rollout.exchange import ExchangeError, exchange
-from hpt_mega.rollout.process import KEEP_MEMORY, OwnedProcess, free_port, tail
 from hpt_mega.rollout.vllm_plugin import BACKEND
 
 _MODULE = "vllm.entrypoints.launchers.api_server.entry"

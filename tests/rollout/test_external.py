@@ -24,10 +24,10 @@ import pytest
 import torch.distributed as dist
 
 from hpt_mega.config import ParallelConfig
+from hpt_mega.process import die_with_parent, free_port
 from hpt_mega.rollout import sync as sync_module
 from hpt_mega.rollout.engine import EngineError
 from hpt_mega.rollout.external import KEY_VARIABLE, ExternalServer, RemoteClient
-from hpt_mega.rollout.process import die_with_parent, free_port
 from hpt_mega.rollout.vllm import VLLMClient
 from hpt_mega.rollout.vllm_plugin import BEGIN, END, INSTANCE, OneTrainer
 from tests import toy

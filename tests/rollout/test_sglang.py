@@ -20,6 +20,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from hpt_mega.process import free_port
 from hpt_mega.resharding.planner import Plan, plan_update
 from hpt_mega.resharding.transport import SharedBuckets
 from hpt_mega.rollout import sglang
@@ -27,7 +28,6 @@ from hpt_mega.rollout.dispatch import Fleet
 from hpt_mega.rollout.engine import EngineError, Sample, SamplingParams
 from hpt_mega.rollout.fleet import Limits
 from hpt_mega.rollout.handle import EngineClient
-from hpt_mega.rollout.process import free_port
 from hpt_mega.rollout.sglang import Launch, Settings, SGLangEngine
 from hpt_mega.spec import Spec
 

@@ -1,9 +1,9 @@
-"""A server process that lives no longer than ours, with all its children. Run as a script it is the guard.
+"""Processes that live no longer than ours: servers with all their children. As a script it is their guard.
 
 The guard stands between us and the server: its standard input is a pipe from us, and when that ends, however
 we end, it ends the server, and removes its temporary files: vLLM leaves its sockets otherwise. Unlike the
-kernel's parent-death signal it does not depend on the thread that started it. It runs as a plain script, so
-that it needs no package and starts at once.
+kernel's parent-death signal it does not depend on the thread that started it. It is a plain script that needs
+the standard library only, so that it starts at once.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class OwnedProcess:
         output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         try:
             self._guard = subprocess.Popen(
-                [sys.executable, __file__, *command],
+                [sys.executable, "-P", __file__, *command],  # -P: our modules are no libraries to it
                 env=_without_rank(os.environ) | dict(environment),
                 stdin=subprocess.PIPE,
                 stdout=output,

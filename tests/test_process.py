@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from hpt_mega.rollout.process import OwnedProcess, tail
+from hpt_mega.process import OwnedProcess, tail
 
 pytestmark = pytest.mark.timeout(60)
 # A server with a child of its own; both write their pids, and the server may ignore SIGTERM.
@@ -73,11 +73,11 @@ def test_a_server_is_told_nothing_of_the_rank_that_starts_it(
 def test_a_server_ends_when_we_are_killed(tmp_path: Path) -> None:
     log = str(tmp_path / "log")
     ours = (
-        "import sys, time, pathlib; from hpt_mega.rollout.process import OwnedProcess;"
+        "import sys, time, pathlib; from hpt_mega.process import OwnedProcess;"
         f"OwnedProcess([sys.executable, '-c', {SERVER!r}, 'polite'], {{}}, pathlib.Path({log!r}));"
         "time.sleep(100)"
     )
-    process = subprocess.Popen([sys.executable, "-c", ours], cwd=Path(__file__).parents[2])
+    process = subprocess.Popen([sys.executable, "-c", ours], cwd=Path(__file__).parents[1])
     found = pids(tmp_path / "log")
     process.send_signal(signal.SIGKILL)
     process.wait()
