@@ -5,11 +5,11 @@ Nothing is loaded here; weights are read by weights.py.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from hpt_mega.checkpoint.hf import read_config
 from hpt_mega.checkpoint.megatron_folder import companions_for, is_megatron, iteration_folder
 from hpt_mega.config import ModelConfig
 
@@ -49,9 +49,6 @@ def _read_companions(name: str, folder: Path, how: str) -> tuple[Mapping[str, An
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
         problems.append(f"{name}={folder} holds no tokenizer.json; {how}")
     try:
-        shape = json.loads((folder / "config.json").read_text())
-    except FileNotFoundError:
-        return {}, [*problems, f"{name}={folder} holds no config.json; {how}"]
-    except ValueError as error:
-        return {}, [*problems, f"{folder}/config.json is no JSON: {error}; {how}"]
-    return shape, problems
+        return read_config(folder), problems
+    except (OSError, ValueError) as error:
+        return {}, [*problems, f"{name}: {error}; {how}"]

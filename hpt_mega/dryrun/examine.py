@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hpt_mega.checkpoint.hf import HFCheckpoint, check_tensors
+from hpt_mega.checkpoint.hf import HFCheckpoint, check_tensors, read_config
 from hpt_mega.checkpoint.megatron_folder import companions_for
 from hpt_mega.config import Config, ConfigError, ParallelConfig, conf_dir
 from hpt_mega.dryrun.estimate import Batch, Stage, batch, planned_shape, served, stages
@@ -82,12 +82,16 @@ def typical_ranks(parallel: ParallelConfig) -> list[int]:
 
 
 def _model_config(cfg: Config) -> Mapping[str, Any]:
-    own = companions_for(Path(cfg.model.path), cfg.model.hf) / "config.json"
-    published = conf_dir() / cfg.model.published if cfg.model.published else None
-    for file in (own, published):
-        if file is not None and file.is_file():
-            config: Mapping[str, Any] = json.loads(file.read_text())
-            return config
+    folder = companions_for(Path(cfg.model.path), cfg.model.hf)
+    if (folder / "config.json").exists():
+        try:
+            return read_config(folder)
+        except (OSError, ValueError) as error:
+            raise ConfigError(str(error)) from error
+    published = conf_dir() / cfg.model.published
+    if published.is_file():
+        config: Mapping[str, Any] = json.loads(published.read_text())
+        return config
     raise ConfigError(
         f"model.path={cfg.model.path} holds no config.json and model.published is {cfg.model.published!r}; "
         "one of them must tell the model's shape: give a folder, or choose a model such as model=llama3_1_70b"

@@ -6,7 +6,6 @@ The evaluation itself is worker.py.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
@@ -88,18 +87,29 @@ def _problems(cfg: EvalConfig) -> Iterator[str]:
             describe(name, cfg)
         except ConfigError as error:
             yield str(error)
-    config = Path(cfg.model) / "config.json"
-    if not config.is_file():
-        yield f"model={cfg.model} holds no config.json; expected a Hugging Face folder"
+    yield from _model(cfg)
+
+
+def _model(cfg: EvalConfig) -> Iterator[str]:
+    from hpt_mega.checkpoint.hf import read_config
+
+    try:
+        model = read_config(Path(cfg.model))
+    except (OSError, ValueError) as error:
+        yield f"model: {error}"
         return
-    shape = json.loads(config.read_text())
-    positions = shape.get("max_position_embeddings", 0)
+    positions = model.get("max_position_embeddings") or 0
+    if not positions and cfg.engine == "vllm":
+        yield (
+            f"model={cfg.model} has no max_position_embeddings in config.json, and engine=vllm is started "
+            "for so many; add it"
+        )
     if 0 < positions <= cfg.max_new_tokens:
         yield (
             f"max_new_tokens is {cfg.max_new_tokens} and the model has {positions} positions for prompt "
             "and response; lower it"
         )
-    yield from _layout(cfg, shape)
+    yield from _layout(cfg, model)
 
 
 def _numbers(cfg: EvalConfig) -> Iterator[str]:

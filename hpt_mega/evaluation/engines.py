@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
@@ -43,14 +42,15 @@ def _megatron(cfg: EvalConfig, layout: Layout) -> Iterator[Respondent]:
 
 @contextmanager
 def _vllm(cfg: EvalConfig, layout: Layout) -> Iterator[Respondent]:
-    """A server of the folder's own weights; command.py has refused other parallelism than replicas."""
+    """A server of the folder's own weights; command.py has refused what it cannot be started with."""
+    from hpt_mega.checkpoint.hf import read_config
     from hpt_mega.megatron.model import DTYPES
     from hpt_mega.rollout.vllm import ServerSettings, VLLMServer
 
     settings = ServerSettings(
         model=Path(cfg.model),
         dtype=str(DTYPES[cfg.precision.dtype]).removeprefix("torch."),
-        max_model_len=json.loads((Path(cfg.model) / "config.json").read_text())["max_position_embeddings"],
+        max_model_len=read_config(Path(cfg.model))["max_position_embeddings"],
         max_sequences=cfg.max_sequences,
         tp=1,
         seed=cfg.seed,

@@ -55,7 +55,7 @@ def test_a_checkpoint_that_brings_no_config_asks_for_it(folders: tuple[Path, Pat
     hf, megatron = folders
     alone = bare(megatron, tmp_path / "ckpt")
     _, problems = read_model(ModelConfig(path=str(alone)))
-    assert any("holds no config.json; set model.hf" in problem for problem in problems)
+    assert any("holds no config.json" in problem and "set model.hf" in problem for problem in problems)
     assert any("holds no tokenizer.json" in problem for problem in problems)
     config, problems = read_model(ModelConfig(path=str(alone), hf=str(hf)))
     assert (config["hidden_size"], problems) == (32, [])

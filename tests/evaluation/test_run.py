@@ -150,3 +150,22 @@ def test_an_impossible_evaluation_is_refused_before_it_starts(
     assert main(["eval", f"model={model}", f"run_dir={run_dir}", *settings]) == CONFIG_ERROR
     assert expected in capsys.readouterr().err
     assert not run_dir.exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (None, "holds no config.json; expected a Hugging Face model folder"),
+        ("{", "config.json is no JSON"),
+        ("[]", "config.json holds a list; expected a JSON object"),
+        ("{}", "has no max_position_embeddings in config.json, and engine=vllm"),
+    ],
+)
+def test_a_model_whose_config_cannot_be_used_is_refused_before_it_starts(
+    text: str | None, expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if text is not None:
+        (tmp_path / "config.json").write_text(text)
+    settings = [f"model={tmp_path}", f"run_dir={tmp_path / 'run'}", "benchmarks=[aime24]", "engine=vllm"]
+    assert main(["eval", *settings]) == CONFIG_ERROR
+    assert expected in capsys.readouterr().err
