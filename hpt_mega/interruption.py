@@ -21,7 +21,7 @@ def listen_early() -> None:
 
 
 class Interruption:
-    """Listens from its making on; a schedulers' signal may reach some ranks before others, or only some."""
+    """Listens once it is made; a scheduler's signal may reach some ranks before others, or only some."""
 
     def __init__(self) -> None:
         self._received = False

@@ -13,7 +13,7 @@ from enum import IntEnum
 class Source(IntEnum):
     """Where a trajectory came from."""
 
-    ONLINE = 0  # sampled by the current policy
+    ONLINE = 0  # sampled by the policy, as it was at the trajectory's policy_version
     OFFLINE = 1  # a demonstration
 
 

@@ -1,6 +1,6 @@
-"""Which questions a step trains on: a function of the step alone, so that a resumed run needs no other state.
+"""Which questions a step trains on: a function of the step alone, unless a curriculum bends it.
 
-The order is order.py's, a curriculum that bends it curriculum.py's; stored tokens are read by readers.py.
+The order is order.py's, the curriculum and its state curriculum.py's; stored tokens are read by readers.py.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """One rank of a job, built without the job: a fake process group of full size, parameters without data.
 
-What is concluded from the ranks is in report.py.
+What is concluded from the ranks is in examine.py.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""How weights travel between layouts: which tensor is which (mapping/). No communication lives here."""
+"""How weights travel: which tensor is which (mapping/), the plan of an update, its ways to the engines."""

@@ -170,7 +170,7 @@ class RewardPool:
         self._closed = False
 
     def score(self, responses: Sequence[str], answers: Sequence[str]) -> list[float]:
-        """Rewards in {0.0, 1.0}, one for each response, in order."""
+        """Rewards from 0.0 to 1.0, one for each response, in order."""
         return [verdict.reward for verdict in self.verdicts(responses, answers)]
 
     def verdicts(

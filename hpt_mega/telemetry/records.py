@@ -1,6 +1,6 @@
-"""Files of one JSON object a line, each with its "step": appended durably, read back, cut on resume.
+"""Files of one JSON object a line: appended durably, read back, and cut on resume where each has its "step".
 
-What the records hold is up to run.py.
+What else the records hold is up to those who write them.
 """
 
 from __future__ import annotations
