@@ -125,7 +125,7 @@ def base_models(cfg: LabConfig, folder: Path) -> list[Run]:
             "resume=auto",
             f"run_dir={home}",
         )
-        jobs = (Job("train", settings, home), _evaluation(cfg, folder, home, []))
+        jobs = (Job("train", settings, home), _evaluation(cfg, folder, home, [], seed=1))
         runs.append(Run(BASE, cell, cfg.data.seed, home, jobs))
     return runs
 
@@ -162,7 +162,7 @@ def _run(cfg: LabConfig, folder: Path, below: str, family: str, size: str, metho
         jobs.append(Job("train", settings, run_dir))
         model = run_dir / "hf"
     outside = tuple(portion.task for portion in cfg.data.outside)
-    jobs.append(_evaluation(cfg, folder, home, [one for stage in stages for one in stage]))
+    jobs.append(_evaluation(cfg, folder, home, [one for stage in stages for one in stage], seed=1234))
     is_reference = stages == HPT
     return Run(method, cell, seed, home, tuple(jobs), _counts_of_base(folder, cell), outside, is_reference)
 
@@ -171,14 +171,16 @@ def _counts_of_base(folder: Path, cell: str) -> Path:
     return folder / BASE / cell / "eval" / COUNTS
 
 
-def _evaluation(cfg: LabConfig, folder: Path, home: Path, overrides: Sequence[str]) -> Job:
+def _evaluation(cfg: LabConfig, folder: Path, home: Path, overrides: Sequence[str], seed: int) -> Job:
     """pass@k of the run's model on the held-out questions, alike for every run but that responses may be as
-    long as the overrides of its training let them be."""
+    long as the overrides of its training let them be. The base has a seed of its own: what it solves in none
+    of its samples, a model that is no better would miss in the same draws too."""
     given = dict(override.split("=", 1) for override in overrides)
     settings = (
         f"model={home / 'hf'}",
         f"benchmarks=[{_file(folder, 'heldout')}]",
         f"k={cfg.samples}",
+        f"seed={seed}",
         "temperature=1.0",
         "top_p=1.0",
         "template=plain",

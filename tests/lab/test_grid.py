@@ -52,6 +52,13 @@ def test_the_stages_of_a_method_follow_each_other_and_ask_different_questions(tm
     assert Path(second.run_dir) == run.folder == Path(first.run_dir).parent
 
 
+def test_the_base_is_asked_with_other_random_numbers_than_what_is_trained_from_it(tmp_path: Path) -> None:
+    cfg = read("full")
+    (base,) = {compose_evaluation(run.jobs[-1].settings).seed for run in base_models(cfg, tmp_path)}
+    (trained,) = {compose_evaluation(run.jobs[-1].settings).seed for run in runs(cfg, tmp_path, "m")}
+    assert base != trained
+
+
 def test_methods_meet_the_same_questions_on_the_same_seed_and_other_ones_on_another(tmp_path: Path) -> None:
     found: dict[int, set[str]] = {}
     for run in runs(read("full"), tmp_path, "m"):
