@@ -501,10 +501,13 @@ def _explain(error: BaseException, schema: Any = Config) -> str:
     key = getattr(cause, "full_key", None)
     if not key:
         return what
+    path = key.replace("[", ".").replace("]", "")
+    if path.partition(".")[0] not in get_type_hints(schema):
+        schema = getattr(cause, "object_type", None) or schema  # of a list's element only its own key is told
     try:
-        declared = _type_at(key.replace("[", ".").replace("]", ""), schema)
+        declared = _type_at(path, schema)
     except ConfigError:
-        return f"{key}: {what}{did_you_mean(key, leaves(schema))}"
+        return f"{key}: {what}{did_you_mean(key, leaves(schema)) if is_dataclass(schema) else ''}"
     return f"{key}: {what}; expected {_describe(declared)}"
 
 

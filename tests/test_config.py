@@ -123,12 +123,16 @@ def test_a_file_with_a_misspelt_key_is_refused_with_its_name(tmp_path: Path) -> 
         ("seeds: many\n", r"lab\.yaml: seeds: .*; expected a list"),
         (
             "data: {training: [{kind: sum, size: two, count: 1}]}\n",
-            r"data\.training\[0\]\.size: .*a whole number",
+            r"lab\.yaml: size: .*expected a whole number",
         ),
         ("stepps: 3\n", r"stepps: .*; did you mean steps\?"),
         ("- 1\n", "holds a list; expected a lab"),
         ("a: [1\n", r"expected ',' or '\]'.*; expected a lab"),
-        ("only words", "expected a lab"),
+        (
+            "data: {heldout: [{kind: sum, sise: 2}]}\n",
+            r"sise: Key 'sise' not in 'Portion'; did you mean size\?",
+        ),
+        ("only words", "Key 'only words' not in 'LabConfig'"),
     ],
 )
 def test_any_file_that_does_not_fit_its_schema_is_told_the_key_and_what_was_expected(
