@@ -1,10 +1,11 @@
-"""Files and folders that are whole whenever they exist, whatever ends the writing.
+"""Files and folders that are whole whenever they exist, whatever ends the writing, a power cut too.
 
 A folder whose making goes on where it was killed is checkpoint/journal.py.
 """
 
 from __future__ import annotations
 
+import errno
 import glob
 import os
 import platform
@@ -19,7 +20,7 @@ from typing import TextIO
 def writing_file(out: Path) -> Iterator[TextIO]:
     """A file to fill, in UTF-8, which takes the place of `out` once the block ends without an error.
 
-    Not even a power cut leaves it torn. Processes of several hosts may write one file at once.
+    Processes of several hosts may write one file at once.
     """
     aside = _aside(out)
     try:
@@ -46,10 +47,30 @@ def writing_folder(out: Path) -> Iterator[Path]:
     aside.mkdir(parents=True)
     try:
         yield aside
+        sync_tree(aside)
         shutil.rmtree(out, ignore_errors=True)
         aside.rename(out)
+        sync(out.absolute().parent)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's bytes, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # some network filesystems have no such call for folders
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def sync_tree(folder: Path) -> None:
+    """sync() of a folder and of all in it, to be done before something older is removed for it."""
+    for path in (*folder.rglob("*"), folder):
+        sync(path)
 
 
 def _aside(out: Path) -> Path:

@@ -54,6 +54,24 @@ def test_a_folder_takes_the_old_one_s_place_only_when_it_is_filled(tmp_path: Pat
     assert list(out.parent.iterdir()) == [out]
 
 
+def test_a_folder_is_on_the_disk_before_the_old_one_goes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, synced = tmp_path / "out", set()
+    (out / "old").mkdir(parents=True)
+
+    def note(descriptor: int) -> None:
+        assert (out / "old").exists() or (out / "new").exists()
+        synced.add(os.fstat(descriptor).st_ino)
+
+    monkeypatch.setattr(files.os, "fsync", note)
+    with files.writing_folder(out) as folder:
+        (folder / "new").touch()
+        inodes = {path.stat().st_ino for path in (folder, folder / "new")}
+    assert synced == inodes | {tmp_path.stat().st_ino}
+    assert [path.name for path in out.iterdir()] == ["new"]
+
+
 def test_what_a_kill_left_is_removed_and_what_another_process_fills_is_not(tmp_path: Path) -> None:
     fill = f"""
 import os, sys

@@ -13,8 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
-from hpt_mega.checkpoint.durable import sync, sync_tree
 from hpt_mega.checkpoint.workers import LostWorkerError
+from hpt_mega.files import sync, sync_tree
 
 _FILE = ".journal.jsonl"
 

@@ -19,7 +19,7 @@ from typing import Any, Protocol, TypeVar
 
 import torch.distributed as dist
 
-from hpt_mega.checkpoint.durable import sync, sync_tree
+from hpt_mega.files import sync, sync_tree
 
 SUMS = "sha256.json"  # {file: [bytes, digest]} of a checkpoint's other files
 _COMPLETE = re.compile(r"step_(\d{6,})")
