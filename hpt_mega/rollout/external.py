@@ -7,6 +7,7 @@ trainer, from its start to its end: then its supervisor starts it anew, for the 
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -15,6 +16,7 @@ from urllib.parse import urlsplit
 
 import torch
 
+from hpt_mega.config import ConfigError
 from hpt_mega.resharding.manifest import TransferError
 from hpt_mega.resharding.network import BroadcastGroup, Meeting, address_towards
 from hpt_mega.resharding.planner import Plan
@@ -27,6 +29,25 @@ from hpt_mega.rollout.vllm_plugin import BEGIN, END, INSTANCE
 KEY_VARIABLE = "HPT_ROLLOUT_KEY"  # the environment variable that holds the key of servers at URLs
 _POLL_S = 0.5
 _LOOK_S = 5.0
+
+
+def rollout_key() -> str:
+    """The key of KEY_VARIABLE, without the white space around it, such as a mounted file's line end.
+
+    Raises ConfigError where there is none, or one that HTTP cannot carry; the message does not tell it.
+    """
+    key = os.environ.get(KEY_VARIABLE, "").strip()
+    if not key:
+        raise ConfigError(
+            f"the environment variable {KEY_VARIABLE} is not set; give servers and trainer one secret, e.g. "
+            "that of `openssl rand -hex 24`"
+        )
+    if not all("!" <= character <= "~" for character in key):
+        raise ConfigError(
+            f"the environment variable {KEY_VARIABLE} holds white space or characters beyond ASCII; expected "
+            "one word of printable ASCII, e.g. that of `openssl rand -hex 24`"
+        )
+    return key
 
 
 @dataclass

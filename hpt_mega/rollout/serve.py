@@ -6,7 +6,6 @@ The trainer's side is external.py. The server is started again when it ends, als
 from __future__ import annotations
 
 import argparse
-import os
 import socket
 import sys
 import time
@@ -14,7 +13,7 @@ import warnings
 from dataclasses import replace
 from pathlib import Path
 
-from hpt_mega.config import Config, ConfigError, compose
+from hpt_mega.config import Config, compose
 
 _PORT = 30000
 
@@ -46,19 +45,14 @@ def _run(options: argparse.Namespace) -> int:
 def serve(cfg: Config, host: str, port: int) -> int:
     """Keep a server running until this process is ended; 1 where it does not start time after time.
 
-    Raises ConfigError where the environment holds no key.
+    Raises ConfigError where the environment holds no key, or none that HTTP can carry.
     """
     warnings.filterwarnings("ignore", message=".*(Apex|Transformer Engine).*not installed.*")
     from hpt_mega.rollout.engine import EngineError
-    from hpt_mega.rollout.external import KEY_VARIABLE
+    from hpt_mega.rollout.external import rollout_key
     from hpt_mega.rollout.servers import BACKOFF_S, DEATHS, HEARTBEATS, vllm_server
 
-    key = os.environ.get(KEY_VARIABLE, "")
-    if not key:
-        raise ConfigError(
-            f"the environment variable {KEY_VARIABLE} is not set; give server and trainer one secret, e.g. "
-            "that of `openssl rand -hex 24`"
-        )
+    key = rollout_key()
     name = f"{socket.gethostname()}_{port}"
     log = Path(cfg.run_dir) / "logs" / "servers" / f"{name}.log"  # apart from those that a new run removes
     server = replace(

@@ -16,7 +16,7 @@ from hpt_mega.megatron.model import DTYPES
 from hpt_mega.megatron.runtime import Layout
 from hpt_mega.resharding.network import address_towards
 from hpt_mega.rollout.dispatch import Fleet
-from hpt_mega.rollout.external import KEY_VARIABLE, ExternalServer
+from hpt_mega.rollout.external import ExternalServer, rollout_key
 from hpt_mega.rollout.fleet import Limits
 from hpt_mega.rollout.handle import EngineHandle
 from hpt_mega.rollout.sglang import Launch, Settings, SGLangEngine
@@ -121,7 +121,7 @@ def _batch_invariance(cfg: Config) -> dict[str, str]:
 
 def _external(cfg: Config, name: str, url: str) -> EngineHandle:
     """A server that runs at a URL."""
-    server, key = cfg.rollout.server, os.environ[KEY_VARIABLE]
+    server, key = cfg.rollout.server, rollout_key()
     if cfg.rollout.engine == "vllm":
         return ExternalServer(
             name,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,19 +11,18 @@ from urllib.parse import urlsplit
 import torch
 
 from hpt_mega.checkpoint.megatron_folder import is_megatron
-from hpt_mega.config import Config
-from hpt_mega.rollout.external import KEY_VARIABLE
+from hpt_mega.config import Config, ConfigError
+from hpt_mega.rollout.external import rollout_key
 from hpt_mega.validation.layout import divisors
 
 
 def engine(cfg: Config) -> Iterator[str]:
     """Whether the chosen engine is installed, or the key is there for one that runs elsewhere."""
     if cfg.rollout.server.urls:
-        if not os.environ.get(KEY_VARIABLE):
-            yield (
-                f"rollout.server.urls names servers and the environment variable {KEY_VARIABLE} is not set; "
-                "set it to the key that they were started with"
-            )
+        try:
+            rollout_key()
+        except ConfigError as error:
+            yield f"rollout.server.urls names servers, and {error}"
         return
     yield from installed(cfg)
 

@@ -11,7 +11,7 @@ import torch
 
 from hpt_mega.config import ConfigError, compose
 from hpt_mega.rollout import servers
-from hpt_mega.rollout.external import KEY_VARIABLE, ExternalServer
+from hpt_mega.rollout.external import KEY_VARIABLE, ExternalServer, rollout_key
 from hpt_mega.rollout.handle import EngineHandle
 from hpt_mega.rollout.sglang import SGLangEngine
 from hpt_mega.rollout.vllm import VLLMServer
@@ -87,6 +87,21 @@ def test_a_replica_on_two_hosts_gives_its_server_the_gpus_of_its_leaders(
     assert [engine.environment["CUDA_VISIBLE_DEVICES"] for engine in made.values()] == ["2,3"]
     with pytest.raises(ConfigError, match="2 x 2 and the replica has 2 GPUs on its leader's host"):
         engines("rollout=vllm", "rollout.server.tp=2", "rollout.server.engines=2")
+
+
+def test_the_key_is_one_word_that_http_can_carry_and_no_message_tells_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv(KEY_VARIABLE, " a-secret\r\n")
+    assert rollout_key() == "a-secret"
+    for wrong in ("a-secret\nX: y", "a-secret b", "a-secret€", "a-secret\x7f"):
+        monkeypatch.setenv(KEY_VARIABLE, wrong)
+        with pytest.raises(ConfigError, match="expected one word of printable ASCII") as raised:
+            rollout_key()
+        assert "a-secret" not in str(raised.value)
+    monkeypatch.setenv(KEY_VARIABLE, " \n")
+    with pytest.raises(ConfigError, match=f"{KEY_VARIABLE} is not set"):
+        rollout_key()
 
 
 @pytest.mark.parametrize("engine", ["vllm", "sglang"])
