@@ -11,9 +11,11 @@ import os
 import platform
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
+
+_NEW, _OLD = ".partial", ".replaced"
 
 
 @contextmanager
@@ -40,19 +42,27 @@ def write_atomically(out: Path, text: str) -> None:
 
 
 @contextmanager
-def writing_folder(out: Path) -> Iterator[Path]:
-    """A folder to fill, which takes the place of `out` once the block ends without an error."""
-    _remove_leftovers(out)
-    aside = _aside(out)
+def writing_folder(out: Path, *, sole_writer: bool = False) -> Iterator[Path]:
+    """A folder to fill, which takes the place of `out` once the block ends without an error.
+
+    It is a sibling of `out`. An old folder of that name is moved aside for it and removed last: where a kill
+    comes in between, the next writing puts it back. Of several processes that write one folder at once the
+    last one's stays, or it fails. What kills have left goes first, `sole_writer`: that of other hosts too.
+    """
+    _remove_leftovers(out, sole_writer)
+    aside, old = _aside(out), _aside(out, _OLD)
     aside.mkdir(parents=True)
     try:
         yield aside
         sync_tree(aside)
-        shutil.rmtree(out, ignore_errors=True)
+        if out.is_dir() and not out.is_symlink():
+            with suppress(FileNotFoundError):  # another process has moved it
+                out.rename(old)
         aside.rename(out)
         sync(out.absolute().parent)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+        _remove_old(old, out)
 
 
 def sync(path: Path) -> None:
@@ -73,13 +83,23 @@ def sync_tree(folder: Path) -> None:
         sync(path)
 
 
-def _aside(out: Path) -> Path:
-    return out.with_name(f".{out.name}.{platform.node()}.{os.getpid()}.partial")
+def _aside(out: Path, kind: str = _NEW) -> Path:
+    return out.with_name(f".{out.name}.{platform.node()}.{os.getpid()}{kind}")
 
 
-def _remove_leftovers(out: Path) -> None:
-    """Remove what processes of this host that were killed have left of the folder."""
-    for aside in out.parent.glob(f".{glob.escape(out.name)}.{glob.escape(platform.node())}.*.partial"):
-        pid = aside.name.split(".")[-2]
-        if pid == str(os.getpid()) or not Path("/proc", pid).exists():
-            shutil.rmtree(aside, ignore_errors=True)
+def _remove_leftovers(out: Path, sole_writer: bool) -> None:
+    """Remove what processes that were killed have left of the folder; on other hosts they may be alive."""
+    for kind in (_NEW, _OLD):
+        for left in out.parent.glob(f".{glob.escape(out.name)}.*{kind}"):
+            host, _, pid = left.name[len(out.name) + 2 : -len(kind)].rpartition(".")
+            alive = pid != str(os.getpid()) and Path("/proc", pid).exists()
+            if not alive if host == platform.node() else sole_writer:
+                _remove_old(left, out) if kind == _OLD else shutil.rmtree(left, ignore_errors=True)
+
+
+def _remove_old(old: Path, out: Path) -> None:
+    """Remove a folder that was moved aside; put it back where none has taken its place."""
+    if old.is_dir() and not out.exists():
+        with suppress(OSError):  # one has, this very moment
+            old.rename(out)
+    shutil.rmtree(old, ignore_errors=True)

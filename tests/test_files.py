@@ -94,3 +94,39 @@ with writing_folder(Path({str(tmp_path)!r}) / "out") as folder:
     with files.writing_folder(tmp_path / "out"):
         pass
     assert os.listdir(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("moment", [1, 2])
+def test_a_kill_while_a_folder_is_replaced_loses_neither(moment: int, tmp_path: Path) -> None:
+    """Before the first or the second of the two renames."""
+    replace = f"""
+import os
+from pathlib import Path
+from hpt_mega.files import writing_folder
+renames = [None] * {moment}
+rename = Path.rename
+def kill_at_last(path, to):
+    renames.pop()
+    return rename(path, to) if renames else os._exit(1)
+Path.rename = kill_at_last
+with writing_folder(Path({str(tmp_path)!r}) / "out") as folder:
+    (folder / "new").touch()
+"""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old").touch()
+    assert subprocess.run([sys.executable, "-c", replace]).returncode == 1
+    assert len(list(tmp_path.glob("*/old"))) == len(list(tmp_path.glob(".*.partial/new"))) == 1
+    with suppress(ValueError), files.writing_folder(tmp_path / "out"):
+        raise ValueError
+    assert list(tmp_path.rglob("*")) == [tmp_path / "out", tmp_path / "out" / "old"]
+
+
+def test_what_a_sole_writer_left_on_another_host_is_removed(tmp_path: Path) -> None:
+    left = [tmp_path / f".hf.node7.cluster.{os.getppid()}.partial", tmp_path / ".hf.other.1.replaced"]
+    for path in left:
+        path.mkdir()
+    with files.writing_folder(tmp_path / "hf"):
+        assert all(path.exists() for path in left)
+    with files.writing_folder(tmp_path / "hf", sole_writer=True):
+        assert not any(path.exists() for path in left)
+    assert os.listdir(tmp_path) == ["hf"]

@@ -115,7 +115,10 @@ def export_hf(
         for entry in family.entries(shape):
             collector.whole_tensors(entry)
         return
-    with writing_folder(out) as folder, HFWriter(folder, collector.specs(family.entries(shape))) as writer:
+    with (
+        writing_folder(out, sole_writer=True) as folder,
+        HFWriter(folder, collector.specs(family.entries(shape))) as writer,
+    ):
         for entry in family.entries(shape):
             for name, tensor in zip(entry.hf, collector.whole_tensors(entry), strict=True):
                 writer.write(name, tensor)
