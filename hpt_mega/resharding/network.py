@@ -52,7 +52,7 @@ class BroadcastGroup:
         device = _DEVICES[meeting.backend]
         try:
             address = meeting.host if rank == 0 else address_towards(meeting.host)
-            keys: dist.Store = store or _store(meeting, is_master=False)
+            keys: dist.Store = store or _store(meeting)
             for prefix in (meeting.name, f"{meeting.name}/", f"{device}/"):
                 keys = dist.PrefixStore(prefix, keys)
             self._group = _backend(meeting, rank, address, keys)
@@ -75,10 +75,11 @@ class BroadcastGroup:
         `invite` tells the others, and returns when they have joined; what it raises is raised.
         """
         try:
-            store = _store(Meeting(host, 0, world_size, name, backend, deadline_s), is_master=True)
-        except RuntimeError as error:
+            listener = _listener(host)
+            meeting = Meeting(host, listener.getsockname()[1], world_size, name, backend, deadline_s)
+            store = _store(meeting, listener)
+        except (RuntimeError, OSError) as error:
             raise TransferError(f"no port for group {name} at {host}: {error}") from None
-        meeting = Meeting(host, store.port, world_size, name, backend, deadline_s)
         if backend == "nccl":  # the current device is a thread's own, and this may be another than training's
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         with ThreadPoolExecutor(1) as pool:
@@ -184,13 +185,28 @@ def address_towards(host: str) -> str:
         return str(probe.getsockname()[0])
 
 
-def _store(meeting: Meeting, *, is_master: bool) -> dist.TCPStore:
+def _listener(host: str) -> socket.socket:
+    """A socket that listens at this address alone; a TCPStore's own would at all that the host has."""
+    family, kind, _, _, where = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
+    listener = socket.socket(family, kind)
+    try:
+        listener.bind(where)
+        listener.listen()
+    except OSError:
+        listener.close()
+        raise
+    return listener
+
+
+def _store(meeting: Meeting, listener: socket.socket | None = None) -> dist.TCPStore:
+    """The store that listens there and owns it from now on; without a listener a client of it."""
     return dist.TCPStore(
         meeting.host,
         meeting.port,
-        is_master=is_master,
+        is_master=listener is not None,
         wait_for_workers=False,
         timeout=timedelta(seconds=meeting.deadline_s),
+        master_listen_fd=listener.detach() if listener else None,
     )
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 
+import psutil
 import pytest
 import torch
 from torch import Tensor
@@ -89,6 +90,14 @@ def test_ranks_that_do_not_meet_say_who_waited_for_whom() -> None:
     nobody = Meeting("127.0.0.1", 1, 2, "weights", "gloo", 1.0)
     with pytest.raises(TransferError, match=r"rank 1 of group weights at .*: rank 0 did not meet within 1 s"):
         NetworkBuckets(nobody, 1, PLAN)
+
+
+def test_the_meeting_place_is_at_no_other_address_of_the_host() -> None:
+    with leader_of(1) as (group, _):
+        place = group._meeting
+        listening = [one.laddr for one in psutil.Process().net_connections("tcp") if one.status == "LISTEN"]
+        assert (place.host, place.port) in listening
+        assert [host for host, port in listening if port == place.port] == ["127.0.0.1"]
 
 
 def test_what_the_invited_answer_is_the_reason_where_they_refuse() -> None:
