@@ -27,17 +27,21 @@ def register() -> None:
 
 class RequireKey:
     """ASGI middleware: vLLM's own --api-key does not cover the endpoints that change weights. This one covers
-    all but /health."""
+    all but /health, and websockets."""
 
     def __init__(self, app: Callable[..., Awaitable[None]]) -> None:
         self._app = app
         self._expected = f"Bearer {os.environ['VLLM_API_KEY']}".encode()
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] == "http" and scope["path"] != "/health":
+        kind = scope["type"]
+        if kind == "websocket" or (kind == "http" and scope["path"] != "/health"):
             given = dict(scope["headers"]).get(b"authorization", b"")
             if not secrets.compare_digest(given, self._expected):
-                await _answer(send, 401, "unauthorized")
+                if kind == "http":
+                    await _answer(send, 401, "unauthorized")
+                else:
+                    await send({"type": "websocket.close", "code": 1008})  # before accept: answered with 403
                 return
         await self._app(scope, receive, send)
 

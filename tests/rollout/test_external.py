@@ -29,7 +29,7 @@ from hpt_mega.rollout import sync as sync_module
 from hpt_mega.rollout.engine import EngineError
 from hpt_mega.rollout.external import KEY_VARIABLE, ExternalServer, RemoteClient
 from hpt_mega.rollout.vllm import VLLMClient
-from hpt_mega.rollout.vllm_plugin import BEGIN, END, INSTANCE, OneTrainer
+from hpt_mega.rollout.vllm_plugin import BEGIN, END, INSTANCE, OneTrainer, RequireKey
 from tests import toy
 from tests.ranks import run_ranks
 
@@ -122,6 +122,27 @@ def test_a_server_is_one_trainers() -> None:
     assert [part["status"] for part in sent[::2]] == [200, 200, 409, 200]
     assert sent[1] == sent[3] == sent[7]
     assert passed == ["/health"]
+
+
+@pytest.mark.parametrize("kind", ["http", "websocket"])
+def test_what_lacks_the_key_does_not_reach_the_server(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    passed: list[str] = []
+    sent: list[dict[str, Any]] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        passed.append(scope["path"])
+
+    async def send(part: dict[str, Any]) -> None:
+        sent.append(part)
+
+    monkeypatch.setenv("VLLM_API_KEY", KEY)
+    server = RequireKey(app)
+    right = [(b"authorization", f"Bearer {KEY}".encode())]
+    for headers in ([], [(b"authorization", b"Bearer another")], right):
+        asyncio.run(server({"type": kind, "path": "/v1/realtime", "headers": headers}, None, send))
+    assert passed == ["/v1/realtime"]
+    refusals = {"http": "http.response.start", "websocket": "websocket.close"}
+    assert [part["type"] for part in sent if part["type"] != "http.response.body"] == [refusals[kind]] * 2
 
 
 def test_each_step_of_an_update_has_the_deadline_of_updates(monkeypatch: pytest.MonkeyPatch) -> None:
