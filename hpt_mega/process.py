@@ -89,13 +89,15 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def tail(log: Path, lines: int) -> str:
-    """The log's last lines, of its last 64 KiB."""
+def tail(log: Path, lines: int, secret: str = "") -> str:
+    """The log's last lines, of its last 64 KiB, with *** for the secret, where there is one."""
     if not log.is_file():
         return ""
     with log.open("rb") as file:
         file.seek(max(0, log.stat().st_size - 65536))
-        return "\n".join(file.read().decode(errors="replace").splitlines()[-lines:])
+        text = file.read().decode(errors="replace")
+    text = text.replace(secret, "***") if secret else text
+    return "\n".join(text.splitlines()[-lines:])
 
 
 def _kill_session(leader: int) -> None:

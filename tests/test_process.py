@@ -136,6 +136,13 @@ def test_the_log_is_ours_alone_and_its_tail_is_bounded(tmp_path: Path) -> None:
     assert os.path.getsize(log) > 65536
 
 
+def test_a_secret_in_the_tail_of_a_log_is_not_told(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    log.write_text("first\nargs: {'api_key': ['a-key']}\na-keya-key\n")
+    assert tail(log, 2, "a-key") == "args: {'api_key': ['***']}\n******"
+    assert tail(log, 1, "") == "a-keya-key"
+
+
 @pytest.mark.parametrize("end", ["closed", "killed"])
 def test_no_shared_memory_is_left_by_a_server_that_could_not_remove_its_own(end: str, tmp_path: Path) -> None:
     holder = (

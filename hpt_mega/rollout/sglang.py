@@ -149,7 +149,7 @@ class SGLangEngine:
 
     def log_tail(self, lines: int) -> str:
         """The end of our server's log; a server at a URL keeps its own."""
-        return tail(self._log, lines)
+        return tail(self._log, lines, self._key)
 
     def close(self) -> None:
         """End our server. One at a URL runs on, without our group."""

@@ -159,7 +159,7 @@ class VLLMClient:
             raise self.error(str(error)) from None
 
     def error(self, what: str) -> EngineError:
-        end = "".join(f"\n  | {line}" for line in tail(self.log, _LOG_LINES).splitlines())
+        end = "".join(f"\n  | {line}" for line in tail(self.log, _LOG_LINES, self.key).splitlines())
         return EngineError(f"engine {self.name} {what}\nlast lines of {self.log}:{end}")
 
 
@@ -178,6 +178,7 @@ class VLLMServer:
     port: int = 0  # 0: a free one
     key: str = field(default="", repr=False)  # empty: one that only we know
     middleware: tuple[str, ...] = ()
+    _key: str = field(default="", repr=False)  # of the server as it was last started
     _process: OwnedProcess | None = None
     _client: VLLMClient | None = None
 
@@ -192,7 +193,7 @@ class VLLMServer:
         """Start the server and wait until it answers. Raises EngineError, with its log's end."""
         self.close()
         must_end_by = time.monotonic() + deadline_s
-        key = self.key or secrets.token_urlsafe(24)
+        key = self._key = self.key or secrets.token_urlsafe(24)
         port = self.port or free_port()
         host = "127.0.0.1" if self.address == "0.0.0.0" else self.address
         client = VLLMClient(
@@ -224,7 +225,7 @@ class VLLMServer:
         return process.ended() or client.trouble()
 
     def log_tail(self, lines: int) -> str:
-        return tail(self.log, lines)
+        return tail(self.log, lines, self._key)
 
     def close(self) -> None:
         """End the server and all its processes."""

@@ -13,8 +13,8 @@ from hpt_mega.config import ConfigError, compose
 from hpt_mega.rollout import servers
 from hpt_mega.rollout.external import KEY_VARIABLE, ExternalServer, rollout_key
 from hpt_mega.rollout.handle import EngineHandle
-from hpt_mega.rollout.sglang import SGLangEngine
-from hpt_mega.rollout.vllm import VLLMServer
+from hpt_mega.rollout.sglang import Settings, SGLangEngine
+from hpt_mega.rollout.vllm import VLLMClient, VLLMServer
 
 RANKS = [2, 3, 6, 7]  # of the second of two replicas with tp=2 and pp=2
 
@@ -87,6 +87,18 @@ def test_a_replica_on_two_hosts_gives_its_server_the_gpus_of_its_leaders(
     assert [engine.environment["CUDA_VISIBLE_DEVICES"] for engine in made.values()] == ["2,3"]
     with pytest.raises(ConfigError, match="2 x 2 and the replica has 2 GPUs on its leader's host"):
         engines("rollout=vllm", "rollout.server.tp=2", "rollout.server.engines=2")
+
+
+def test_a_servers_key_is_not_told_by_what_quotes_its_log(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    log.write_text("serving with a-key\n")
+    client = VLLMClient("ash", "http://127.0.0.1:1", "a-key", 1.0, 1.0, 1.0, log)
+    server = servers.vllm_server(compose([f"run_dir={tmp_path}"]), "ash", log, {})
+    server._key = "a-key"
+    settings = Settings(tp=1, weights="memory", request_s=1.0, update_s=1.0, control_s=1.0)
+    sglang = SGLangEngine("elm", settings, log, url="http://127.0.0.1:1", key="a-key")
+    told = [str(client.error("broke")), server.log_tail(3), sglang.log_tail(3), str(sglang._error("broke"))]
+    assert all("a-key" not in text and "serving with ***" in text for text in told)
 
 
 def test_the_key_is_one_word_that_http_can_carry_and_no_message_tells_it(
