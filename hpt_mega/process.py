@@ -89,6 +89,31 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+class PortClaim:
+    """A TCP port that nobody else who claims his own is given, until release().
+
+    vLLM's servers share a port (SO_REUSEPORT): two of one user that are told the same both start, and the
+    kernel deals connections out to them. The claim is a name in the port's network namespace, as an abstract
+    Unix socket, and ends with this process at the latest.
+    """
+
+    def __init__(self, address: str, port: int) -> None:
+        """Raises OSError where another has claimed the port or listens there, OverflowError beyond 65535."""
+        self._socket = socket.socket(socket.AF_UNIX)
+        try:
+            self._socket.bind(f"\0hpt_mega port {port}")
+            family = socket.AF_INET6 if ":" in address else socket.AF_INET
+            with socket.socket(family) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # after an earlier server of ours
+                probe.bind((address, port))
+        except Exception:
+            self._socket.close()
+            raise
+
+    def release(self) -> None:
+        self._socket.close()
+
+
 def tail(log: Path, lines: int, secret: str = "") -> str:
     """The log's last lines, of its last 64 KiB, with *** for the secret, where there is one."""
     if not log.is_file():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from hpt_mega.process import OwnedProcess, tail
+from hpt_mega.process import OwnedProcess, PortClaim, free_port, tail
 
 pytestmark = pytest.mark.timeout(60)
 # A server with a child of its own; both write their pids, and the server may ignore SIGTERM.
@@ -141,6 +142,26 @@ def test_a_secret_in_the_tail_of_a_log_is_not_told(tmp_path: Path) -> None:
     log.write_text("first\nargs: {'api_key': ['a-key']}\na-keya-key\n")
     assert tail(log, 2, "a-key") == "args: {'api_key': ['***']}\n******"
     assert tail(log, 1, "") == "a-keya-key"
+
+
+def test_a_port_is_claimed_once_and_not_where_somebody_listens() -> None:
+    port = free_port()
+    claim = PortClaim("127.0.0.1", port)
+    with pytest.raises(OSError, match="in use"):
+        PortClaim("127.0.0.1", port)
+    claim.release()
+    with socket.socket() as server:
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        server.bind(("127.0.0.1", port))
+        server.listen()
+        with socket.create_connection(("127.0.0.1", port)):
+            accepted, _ = server.accept()
+            accepted.close()  # whose end waits in the kernel
+        for address in ("127.0.0.1", "0.0.0.0"):
+            with pytest.raises(OSError, match="in use"):
+                PortClaim(address, port)
+    PortClaim("127.0.0.1", port).release()
 
 
 @pytest.mark.parametrize("end", ["closed", "killed"])

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from hpt_mega.process import KEEP_MEMORY, OwnedProcess, free_port, tail
+from hpt_mega.process import KEEP_MEMORY, OwnedProcess, PortClaim, free_port, tail
 from hpt_mega.resharding.planner import Plan
 from hpt_mega.rollout.engine import EngineError, Sample, SamplingParams
 from hpt_mega.rollout.exchange import ExchangeError, exchange
@@ -179,6 +179,7 @@ class VLLMServer:
     key: str = field(default="", repr=False)  # empty: one that only we know
     middleware: tuple[str, ...] = ()
     _key: str = field(default="", repr=False)  # of the server as it was last started
+    _port: PortClaim | None = None
     _process: OwnedProcess | None = None
     _client: VLLMClient | None = None
 
@@ -205,6 +206,13 @@ class VLLMServer:
             self.answer_deadline_s,
             self.log,
         )
+        try:
+            self._port = PortClaim(self.address, port)
+        except (OSError, OverflowError) as error:
+            raise EngineError(
+                f"engine {self.name} was not started: port {port} of {self.address} cannot be had ({error}); "
+                "end the server that has it, or choose another port"
+            ) from None
         process = OwnedProcess(self._command(port), self._own_environment(key) | self.environment, self.log)
         self._process = process
         # not /health, which anybody's server on a port that was taken meanwhile would answer to our key
@@ -230,8 +238,11 @@ class VLLMServer:
     def close(self) -> None:
         """End the server and all its processes."""
         process, self._process, self._client = self._process, None, None
+        port, self._port = self._port, None
         if process is not None:
             process.close()
+        if port is not None:
+            port.release()
 
     def _command(self, port: int) -> list[str]:
         settings = self.settings

@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from hpt_mega.config import ConfigError, compose
+from hpt_mega.process import PortClaim, free_port
 from hpt_mega.rollout import servers
+from hpt_mega.rollout.engine import EngineError
 from hpt_mega.rollout.external import KEY_VARIABLE, ExternalServer, rollout_key
 from hpt_mega.rollout.handle import EngineHandle
 from hpt_mega.rollout.sglang import Settings, SGLangEngine
@@ -87,6 +89,19 @@ def test_a_replica_on_two_hosts_gives_its_server_the_gpus_of_its_leaders(
     assert [engine.environment["CUDA_VISIBLE_DEVICES"] for engine in made.values()] == ["2,3"]
     with pytest.raises(ConfigError, match="2 x 2 and the replica has 2 GPUs on its leader's host"):
         engines("rollout=vllm", "rollout.server.tp=2", "rollout.server.engines=2")
+
+
+def test_a_port_that_another_server_has_is_an_error_before_a_second_one_shares_it(tmp_path: Path) -> None:
+    port = free_port()
+    other = PortClaim("127.0.0.1", port)
+    server = servers.vllm_server(compose([f"run_dir={tmp_path}"]), "node", tmp_path / "log", {})
+    server.port = port
+    with pytest.raises(
+        EngineError, match=rf"port {port} of 127\.0\.0\.1 cannot be had .*choose another port"
+    ):
+        server.start(1.0)
+    other.release()
+    assert not (tmp_path / "log").exists()
 
 
 def test_a_servers_key_is_not_told_by_what_quotes_its_log(tmp_path: Path) -> None:
