@@ -159,19 +159,24 @@ class Fleet:
             found = list(pool.map(lambda one: self._end_update(one, policy_version, verify), intakes))
         return [gap for gap in found if gap is not None]
 
-    def sleep(self) -> None:
+    def sleep(self, patience_s: float) -> bool:
         """Have the engines give their memory back until weights are announced; none is started meanwhile.
 
-        One that does not is ended. All requests must have been answered.
+        One that does not is ended. All requests must have been answered. False where an engine takes longer
+        than patience_s for the start that it is in: call again.
         """
+        until = time.monotonic() + patience_s
         with self._changed:
             self._state.rest()
             while any(self._state.state(name) is State.STARTING for name in self._engines):
                 self._check_hope()
+                if time.monotonic() > until:
+                    return False
                 self._wait()
             awake = [name for name in self._engines if self._state.state(name) is State.STALE]
         with ThreadPoolExecutor(len(self._engines), thread_name_prefix="sleep") as pool:
             list(pool.map(self._sleep, awake))
+        return True
 
     def wants_weights(self) -> bool:
         """Whether an engine waits for weights that the others have."""

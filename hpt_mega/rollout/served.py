@@ -117,8 +117,8 @@ class ServedEngine:
 
     def sleep(self) -> None:
         """Free the servers' memory where the config asks for it."""
-        if self._sleeps:
-            self._together(lambda fleet: fleet.sleep())
+        while self._sleeps and not self._together(lambda fleet: fleet.sleep(_PATIENCE_S)):
+            pass
 
     def close(self) -> None:
         if self._fleet:

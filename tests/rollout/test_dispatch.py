@@ -417,6 +417,33 @@ def test_a_prompt_that_every_engine_refuses_is_an_error_of_its_batch_alone() -> 
         assert trainer.collect(other) == expected(1)[:4]
 
 
+def test_an_engine_that_is_long_in_starting_does_not_hold_up_those_who_wait_for_the_others_sleep() -> None:
+    let_go = threading.Event()
+
+    class Slow(FakeEngine):
+        def start(self, deadline_s: float) -> None:
+            if self.calls.get("start"):
+                assert let_go.wait(20.0)
+            super().start(deadline_s)
+
+        def sleep(self) -> None:
+            self.meet("sleep")
+
+    ash, elm = Slow("ash"), Slow("elm")
+    with fleet_of(ash, elm) as fleet:
+        Trainer(fleet).update(1)
+        ash.running = False
+        while "ash: starting" not in fleet.health():
+            time.sleep(0.005)
+        began = time.monotonic()
+        assert not fleet.sleep(0.2)
+        assert time.monotonic() - began < 10.0
+        let_go.set()
+        while not fleet.sleep(0.2):
+            pass
+    assert ash.calls["sleep"] == elm.calls["sleep"] == 1
+
+
 def test_a_sample_of_older_weights_than_its_engine_was_verified_with_is_refused() -> None:
     class Backward(FakeEngine):
         def generate(self, prompts: Sequence[Sequence[int]], sampling: SamplingParams) -> list[list[Sample]]:
