@@ -107,7 +107,8 @@ class FleetState:
         self._resting = False
         self._tickets = 0
         self._waiting: deque[Hashable] = deque()
-        self._attempts: dict[Hashable, list[str]] = {}  # of unanswered requests: why each attempt failed
+        # of unanswered requests: the engine of each failed attempt, and why it failed
+        self._attempts: dict[Hashable, list[tuple[str, str]]] = {}
         self._samples: dict[Hashable, int] = {}  # that an unanswered request is for
 
     # What is asked.
@@ -278,7 +279,7 @@ class FleetState:
         if one.state is State.DEAD:
             return
         for ticket in one.dealt:
-            self._attempts[ticket.request].append(f"{engine} died: {why}")
+            self._attempts[ticket.request].append((engine, f"{engine} died: {why}"))
         self._take_back(one)
         one.failures += 1
         one.start_at = (
@@ -328,22 +329,29 @@ class FleetState:
         self._waiting.append(request)
 
     def deal(self, now: float) -> Ticket | None:
-        """The first waiting request to the ready engine with the fewest samples; None where either lacks."""
-        open_to = [
-            (load, name)
-            for name, engine in self._engines.items()
-            if engine.state is State.READY and (load := self.load(name)) < self.limits.slots
-        ]
-        if not open_to or not self._waiting:
+        """The first waiting request to the ready engine with the fewest samples; None where either lacks.
+
+        Of the ready engines only those come into question that failed the request least: one that answers
+        everything at once, and wrongly, would otherwise have it again and again.
+        """
+        loads = {
+            name: self.load(name) for name, engine in self._engines.items() if engine.state is State.READY
+        }
+        if not any(load < self.limits.slots for load in loads.values()):
             return None
-        ticket = self._ticket(min(open_to)[1], self._waiting.popleft())
-        self._engines[ticket.engine].dealt[ticket] = now + self.limits.request_s
-        return ticket
+        for request in self._waiting:
+            name = min(loads, key=lambda one: (self._failures(request, one), loads[one], one))
+            if loads[name] < self.limits.slots:
+                self._waiting.remove(request)
+                ticket = self._ticket(name, request)
+                self._engines[name].dealt[ticket] = now + self.limits.request_s
+                return ticket
+        return None
 
     def hopeless(self) -> dict[Hashable, str]:
         """Requests that were tried Limits.attempts times in vain, and why each attempt failed."""
         return {
-            request: f"failed {len(failures)} times:\n" + "\n".join(f"  {failure}" for failure in failures)
+            request: f"failed {len(failures)} times:\n" + "\n".join(f"  {why}" for _, why in failures)
             for request, failures in self._attempts.items()
             if len(failures) >= self.limits.attempts
         }
@@ -365,7 +373,7 @@ class FleetState:
         engine = self._engines[ticket.engine]
         if engine.dealt.pop(ticket, None) is not None:
             if engine.state is State.READY:
-                self._attempts[ticket.request].append(f"{ticket.engine}: {why}")
+                self._attempts[ticket.request].append((ticket.engine, f"{ticket.engine}: {why}"))
             self._waiting.appendleft(ticket.request)
 
     def cancel(self, requests: Iterable[Hashable]) -> None:
@@ -397,6 +405,9 @@ class FleetState:
     def _ticket(self, engine: str, request: Hashable | None) -> Ticket:
         self._tickets += 1
         return Ticket(self._tickets, engine, request)
+
+    def _failures(self, request: Hashable, engine: str) -> int:
+        return sum(name == engine for name, _ in self._attempts[request])
 
     def _take_back(self, engine: _Engine) -> None:
         self._waiting.extendleft(ticket.request for ticket in reversed(engine.dealt))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -42,17 +43,22 @@ class AnyOrder(RuleBasedStateMachine):
         self.version = 0
         self.deaths = dict.fromkeys(NAMES, 0)  # in a row
         self.died_at: dict[str, float] = {}
+        self.failed: Counter[tuple[object, str]] = Counter()  # attempts, by request and engine
 
     def some(self, data: st.DataObject, tickets: list[Ticket]) -> Ticket:
         """Mostly recent ones, so that much is current, and old ones too."""
         back = data.draw(st.integers(1, min(len(tickets), 12)))
         return tickets[-back]
 
+    def in_flight(self) -> list[Ticket]:
+        return [ticket for ticket in self.asked if self.fleet.is_current(ticket)]
+
     def die(self, name: str) -> None:
         if self.fleet.state(name) is not State.DEAD:
             self.deaths[name] += 1
             self.died_at[name] = self.now
             self.holds[name] = None
+            self.failed.update((one.request, name) for one in self.in_flight() if one.engine == name)
         self.fleet.failed(name, "died", "its\nlog", self.now)
 
     @rule(step=st.sampled_from([0.125, 1.0, 2.5, 6.5]))
@@ -155,13 +161,14 @@ class AnyOrder(RuleBasedStateMachine):
     @rule(count=st.integers(1, 4))
     def requests_are_dealt(self, count: int) -> None:
         for _ in range(count):
-            loads = [self.fleet.load(name) for name in NAMES if self.fleet.state(name) is State.READY]
+            loads = {name: self.fleet.load(name) for name in NAMES if self.fleet.state(name) is State.READY}
             ticket = self.fleet.deal(self.now)
             if ticket is None:
                 return
             assert self.fleet.state(ticket.engine) is State.READY
             assert self.holds[ticket.engine] == self.version == self.fleet.version(ticket.engine)
-            assert self.fleet.load(ticket.engine) - 1 == min(loads)
+            order = {name: (self.failed[ticket.request, name], load) for name, load in loads.items()}
+            assert order[ticket.engine] == min(order.values())
             self.asked.append(ticket)
 
     @precondition(lambda self: self.asked)
@@ -180,7 +187,10 @@ class AnyOrder(RuleBasedStateMachine):
     @precondition(lambda self: self.asked)
     @rule(data=st.data())
     def an_answer_is_an_error(self, data: st.DataObject) -> None:
-        self.fleet.returned(self.some(data, self.asked), "refused")
+        ticket = self.some(data, self.asked)
+        is_attempt = self.fleet.is_current(ticket) and self.fleet.state(ticket.engine) is State.READY
+        self.failed[ticket.request, ticket.engine] += is_attempt
+        self.fleet.returned(ticket, "refused")
 
     @invariant()
     def every_request_is_answered_once_or_still_open(self) -> None:
@@ -477,6 +487,23 @@ def test_a_request_that_fails_everywhere_is_an_error_that_tells_each_failure() -
     assert fleet.hopeless() == {"q7": told}
     fleet.cancel(["q7"])
     assert fleet.deal(0.0) is None and fleet.unanswered() == set()
+
+
+def test_a_request_goes_to_the_engine_that_failed_it_again_only_when_the_others_have_too() -> None:
+    fleet = ready(replace(LIMITS, slots=1), ("ash", "elm"))
+    for request in range(3):
+        fleet.submit(request)
+    dealt = []
+    while ticket := fleet.deal(0.0):
+        dealt.append((ticket.engine, ticket.request))
+        if ticket.engine == "ash":
+            fleet.returned(ticket, "nonsense")
+        else:
+            elm = ticket
+    assert dealt == [("ash", 0), ("elm", 0), ("ash", 1), ("ash", 2)]  # those two wait for elm
+    fleet.answered(elm, 0.0)
+    fleet.failed("elm", "killed", "", 0.0)
+    assert fleet.deal(0.0) == Ticket(elm.number + 3, "ash", 2)  # alone it has them again
 
 
 def test_transitions_the_machine_does_not_have_are_errors() -> None:
