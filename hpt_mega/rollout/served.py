@@ -141,14 +141,23 @@ class ServedEngine:
         return gap
 
     def _together(self, work: Callable[[Fleet], T]) -> T:
-        """The result of the leader's fleet on every rank of the replica, or EngineError on every rank."""
+        """The result of the leader's fleet on every rank of the replica, or EngineError on every rank.
+
+        Another error is raised on the leader as it is: the others are told of it, and do not wait.
+        """
         outcome: tuple[T | None, str] | None = None
+        fault: Exception | None = None
         if self._fleet is not None:
             try:
                 outcome = work(self._fleet), ""
             except EngineError as error:
                 outcome = None, str(error)
+            except Exception as error:
+                fault = error
+                outcome = None, f"the replica's leader failed: {type(error).__name__}: {error}"
         result, error_text = self._layout.broadcast_object(outcome)
+        if fault is not None:
+            raise fault
         if error_text:
             raise EngineError(error_text)
         return result  # type: ignore[return-value]

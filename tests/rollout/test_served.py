@@ -246,6 +246,28 @@ def test_servers_that_sleep_serve_again_with_new_weights_and_none_starts_meanwhi
             engine.sleep()
 
 
+def test_a_fault_on_the_leader_is_told_to_the_other_ranks_that_wait_for_it() -> None:
+    told: list[Any] = []
+
+    class Leader(Alone):
+        def broadcast_object(self, value: Any) -> Any:
+            told.append(value)
+            return value
+
+    with engine_of(Server()) as (engine, _):
+        engine._layout = cast(Any, Leader())
+        with pytest.raises(ZeroDivisionError):
+            engine._together(lambda fleet: 1 // 0)
+        assert told == [
+            (None, "the replica's leader failed: ZeroDivisionError: integer division or modulo by zero")
+        ]
+        engine._fleet, others = None, engine._fleet
+        engine._layout.broadcast_object = lambda value: told[0]  # type: ignore[method-assign]
+        with pytest.raises(EngineError, match="the replica's leader failed: ZeroDivisionError"):
+            engine._together(lambda fleet: 1)
+        engine._fleet = others
+
+
 def test_a_closed_engine_leaves_no_server() -> None:
     with engine_of(server := Server()):
         assert server.running
