@@ -6,6 +6,8 @@ import http.client
 import io
 import socket
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -52,6 +54,16 @@ def exchange(url: str, method: str, path: str, body: str | None, key: str, timeo
         said = content[:2000].decode(errors="replace")[:500]
         raise ExchangeError(f"answered {response.status} to {path}: {said}", response.status)
     return content
+
+
+@contextmanager
+def reading(path: str, error: Callable[[str], Exception]) -> Iterator[None]:
+    """Around what takes an answer to pieces: where it is not of the form asked for, `error` is raised."""
+    try:
+        yield
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as found:
+        what = f"{type(found).__name__}: {found}"[:200]
+        raise error(f"answered {path} with something else than asked for: {what}") from None
 
 
 def _content(response: http.client.HTTPResponse, path: str) -> bytes:

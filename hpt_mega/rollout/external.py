@@ -22,7 +22,7 @@ from hpt_mega.resharding.network import BroadcastGroup, Meeting, address_towards
 from hpt_mega.resharding.planner import Plan
 from hpt_mega.resharding.transport import SharedBuckets
 from hpt_mega.rollout.engine import EngineError
-from hpt_mega.rollout.exchange import ExchangeError, exchange
+from hpt_mega.rollout.exchange import ExchangeError, exchange, reading
 from hpt_mega.rollout.vllm import VLLMClient
 from hpt_mega.rollout.vllm_plugin import BEGIN, END, INSTANCE
 
@@ -131,7 +131,7 @@ class ExternalServer:
         must_end_by = time.monotonic() + deadline_s
         while True:
             try:
-                self._instance = self._ask("POST", BEGIN)["instance"]
+                self._instance = self._ask("POST", BEGIN)
                 break
             except ExchangeError as error:
                 if error.status == 409:
@@ -163,7 +163,7 @@ class ExternalServer:
         if trouble := self._client.trouble():
             return trouble
         try:
-            instance = self._ask("GET", INSTANCE)["instance"]
+            instance = self._ask("GET", INSTANCE)
         except ExchangeError as error:
             return str(error)
         return "" if instance == self._instance else "was started anew, and has not our weights"
@@ -181,13 +181,15 @@ class ExternalServer:
 
     def _end(self) -> None:
         try:
-            self._ask("POST", END)
+            exchange(self.url, "POST", END, "{}", self.key, _LOOK_S)
         except ExchangeError:
             return  # it ends without an answer, or has ended
 
-    def _ask(self, method: str, path: str) -> dict[str, str]:
-        answer: dict[str, str] = json.loads(exchange(self.url, method, path, "{}", self.key, _LOOK_S))
-        return answer
+    def _ask(self, method: str, path: str) -> str:
+        """The name of the server's instance. Raises ExchangeError."""
+        answer = exchange(self.url, method, path, "{}", self.key, _LOOK_S)
+        with reading(path, ExchangeError):
+            return str(json.loads(answer)["instance"])
 
 
 def _error(name: str, url: str, what: str) -> EngineError:

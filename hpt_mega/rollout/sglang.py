@@ -7,6 +7,7 @@ is relied on was read from sglang 0.5.23; tools/sglang_schema.py extracts it fro
 from __future__ import annotations
 
 import json
+import operator
 import os
 import secrets
 import sys
@@ -28,7 +29,7 @@ from hpt_mega.resharding.planner import Plan
 from hpt_mega.resharding.transport import SharedBuckets
 from hpt_mega.rollout import sglang_wire as wire
 from hpt_mega.rollout.engine import EngineError, Sample, SamplingParams
-from hpt_mega.rollout.exchange import ExchangeError, exchange
+from hpt_mega.rollout.exchange import ExchangeError, exchange, reading
 
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _REQUESTS_AT_ONCE = 64
@@ -182,10 +183,11 @@ class SGLangEngine:
             "logprob_start_len": 0,
         }
         answer = self._post("/generate", body, self._settings.request_s)
-        scored = answer["meta_info"]["input_token_logprobs"][len(prompt) :]
-        if [entry[1] for entry in scored] != list(response):
-            raise self._error("scored other tokens than it was given")
-        return [entry[0] for entry in scored]
+        with reading("/generate", self._error):
+            scored = answer["meta_info"]["input_token_logprobs"][len(prompt) :]
+            if [entry[1] for entry in scored] != list(response):
+                raise self._error("scored other tokens than it was given")
+            return [float(entry[0]) for entry in scored]
 
     def abort(self) -> None:
         """End every request: its generate raises EngineError. Nothing is generated before the next update."""
@@ -210,14 +212,16 @@ class SGLangEngine:
             "return_logprob": True,
         }
         answers = self._post("/generate", body, self._settings.request_s)
-        return [self._read(one, sampling, version) for one in answers]
+        with reading("/generate", self._error):
+            return [self._read(one, sampling, version) for one in answers]
 
     def _read(self, answer: dict[str, Any], sampling: SamplingParams, version: int) -> Sample:
         about = answer["meta_info"]
         ended = about["finish_reason"]
         if ended["type"] not in ("stop", "length"):
             raise self._error(f"gave a request up: {ended.get('message') or ended}")
-        logp, tokens = zip(*((entry[0], entry[1]) for entry in about["output_token_logprobs"]), strict=True)
+        drawn = [(float(entry[0]), operator.index(entry[1])) for entry in about["output_token_logprobs"]]
+        logp, tokens = zip(*drawn, strict=True)
         if list(tokens) != answer["output_ids"]:
             raise self._error(f"gave {len(answer['output_ids'])} tokens and {len(tokens)} log-probabilities")
         if ended["type"] == "stop" and tokens[-1] not in sampling.stop_tokens:
@@ -386,7 +390,9 @@ class SGLangEngine:
             time.sleep(_POLL_S)
 
     def _post(self, path: str, body: dict[str, Any], timeout_s: float) -> Any:
-        answer = json.loads(self._request("POST", path, body, timeout_s) or "null")
+        said = self._request("POST", path, body, timeout_s)
+        with reading(path, self._error):
+            answer = json.loads(said or "null")
         if isinstance(answer, dict) and answer.get("success") is False:
             raise self._error(f"refused {path}: {answer.get('message')}")
         return answer

@@ -6,6 +6,7 @@ What runs inside vLLM's processes is in vllm_plugin.py and vllm_worker.py. vLLM 
 from __future__ import annotations
 
 import json
+import operator
 import os
 import secrets
 import sys
@@ -21,9 +22,10 @@ import torch
 from hpt_mega.process import KEEP_MEMORY, OwnedProcess, PortClaim, free_port, tail
 from hpt_mega.resharding.planner import Plan
 from hpt_mega.rollout.engine import EngineError, Sample, SamplingParams
-from hpt_mega.rollout.exchange import ExchangeError, exchange
+from hpt_mega.rollout.exchange import ExchangeError, exchange, reading
 from hpt_mega.rollout.vllm_plugin import BACKEND
 
+_GENERATE = "/inference/v1/generate"
 _MODULE = "vllm.entrypoints.launchers.api_server.entry"
 _REQUESTS_AT_ONCE = 64
 _REQUIRE_KEY = "hpt_mega.rollout.vllm_plugin.RequireKey"
@@ -77,9 +79,10 @@ class VLLMClient:
             "token_ids": [*prompt, *response],
             "sampling_params": {"max_tokens": 1, "prompt_logprobs": 0, "detokenize": False},
         }
-        answer = self._post("/inference/v1/generate", body, self.request_deadline_s)
-        scored = answer["prompt_logprobs"][len(prompt) :]
-        return [where[str(token)]["logprob"] for token, where in zip(response, scored, strict=True)]
+        answer = self._post(_GENERATE, body, self.request_deadline_s)
+        with reading(_GENERATE, self.error):
+            scored = zip(response, answer["prompt_logprobs"][len(prompt) :], strict=True)
+            return [float(where[str(token)]["logprob"]) for token, where in scored]
 
     def connect(self, path: str, plan: Plan) -> None:
         """Tell the engine where the trainer's buckets are and what will come through them."""
@@ -138,19 +141,25 @@ class VLLMClient:
                 "detokenize": False,
             },
         }
-        answer = self._post("/inference/v1/generate", body, self.request_deadline_s)
-        return [self._read(choice) for choice in answer["choices"]]
+        answer = self._post(_GENERATE, body, self.request_deadline_s)
+        with reading(_GENERATE, self.error):
+            return [self._read(choice) for choice in answer["choices"]]
 
     def _read(self, choice: dict[str, Any]) -> Sample:
         if choice["finish_reason"] not in ("stop", "length"):
             raise self.error(f"gave a request up: {choice['finish_reason']}")
-        logp = tuple(position["logprob"] for position in choice["logprobs"]["content"])
+        tokens = tuple(operator.index(token) for token in choice["token_ids"])
+        logp = tuple(float(position["logprob"]) for position in choice["logprobs"]["content"])
+        if len(tokens) != len(logp):
+            raise self.error(f"gave {len(tokens)} tokens and {len(logp)} log-probabilities")
         versions = [span["version"] for span in choice["weight_versions"]]
         oldest = min(0 if version == _BEFORE_UPDATES else int(version) for version in versions)
-        return Sample(tuple(choice["token_ids"]), logp, choice["finish_reason"] == "stop", oldest)
+        return Sample(tokens, logp, choice["finish_reason"] == "stop", oldest)
 
     def _post(self, path: str, body: dict[str, Any], timeout_s: float) -> Any:
-        return json.loads(self._request("POST", path, json.dumps(body), timeout_s) or "null")
+        answer = self._request("POST", path, json.dumps(body), timeout_s)
+        with reading(path, self.error):
+            return json.loads(answer or "null")
 
     def _request(self, method: str, path: str, body: str | None, timeout_s: float) -> bytes:
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -12,6 +13,7 @@ import pytest
 from hpt_mega.resharding.planner import Plan
 from hpt_mega.rollout.dispatch import Fleet, Verify
 from hpt_mega.rollout.engine import EngineError, Sample, SamplingParams
+from hpt_mega.rollout.exchange import reading
 from hpt_mega.rollout.fleet import Limits
 from hpt_mega.rollout.handle import EngineClient
 
@@ -415,6 +417,23 @@ def test_a_prompt_that_every_engine_refuses_is_an_error_of_its_batch_alone() -> 
         with pytest.raises(EngineError, match=wanted):
             trainer.collect(number)
         assert trainer.collect(other) == expected(1)[:4]
+
+
+def test_an_engine_that_answers_nonsense_leaves_the_prompts_to_the_other() -> None:
+    class Proxied(FakeEngine):
+        def generate(self, prompts: Sequence[Sequence[int]], sampling: SamplingParams) -> list[list[Sample]]:
+            with reading("/generate", EngineError):
+                self.served.append(prompts[0][0])
+                answer: list[list[Sample]] = json.loads("<html>Bad gateway</html>")
+                return answer
+
+    ash, elm = Proxied("ash"), FakeEngine("elm")
+    with fleet_of(ash, elm, limits=replace(LIMITS, attempts=2)) as fleet:
+        trainer = Trainer(fleet)
+        trainer.update(1)
+        assert trainer.generate() == expected(1)
+    assert sorted(elm.served) == list(range(17))
+    assert 3 < len(ash.served) == len(set(ash.served))
 
 
 def test_an_engine_that_is_long_in_starting_does_not_hold_up_those_who_wait_for_the_others_sleep() -> None:

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import pytest
 
 from hpt_mega.rollout import exchange as module
-from hpt_mega.rollout.exchange import ExchangeError, exchange
+from hpt_mega.rollout.exchange import ExchangeError, exchange, reading
 
 pytestmark = pytest.mark.timeout(60)
 Say = Callable[[bytes], None]
@@ -87,22 +87,30 @@ def test_an_answer_is_whole_or_an_error(head: bytes) -> None:
                     ask(url)
 
 
-def test_an_answer_of_too_many_bytes_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "head", [b"Content-Length: 99999999999999", b"Transfer-Encoding: chunked\r\n\r\nfffffffffff"]
+)
+def test_an_answer_of_too_many_bytes_is_not_kept(head: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "MOST_BYTES", 1000)
-    for head in (
-        b"Content-Length: 99999999999999\r\n\r\n",
-        b"Transfer-Encoding: chunked\r\n\r\nfffffffffff\r\n",
+    sent = b"HTTP/1.1 200 OK\r\n" + head + b"\r\n\r\n" + bytes(1 << 21)
+    with (
+        peer(lambda say: say(sent)) as url,
+        pytest.raises(ExchangeError, match="answered /ask with over 1000 bytes"),
     ):
-        with (
-            peer(lambda say, head=head: say(b"HTTP/1.1 200 OK\r\n" + head + bytes(1 << 21))) as url,  # type: ignore[misc]
-            pytest.raises(ExchangeError, match="answered /ask with over 1000 bytes"),
-        ):
-            ask(url)
+        ask(url)
 
 
 @pytest.mark.parametrize("key", ["a-secret\n", "a-secret\r\nX: y", "a-secret€"])
 def test_a_key_that_http_cannot_carry_is_an_error_that_does_not_tell_it(key: str) -> None:
-    with pytest.raises(ExchangeError, match="/ask was not asked: HTTP cannot carry the key") as raised:
-        with socket.create_server(("127.0.0.1", 0)) as listener:
-            ask(f"http://127.0.0.1:{listener.getsockname()[1]}", key=key)
+    with (
+        socket.create_server(("127.0.0.1", 0)) as listener,
+        pytest.raises(ExchangeError, match="/ask was not asked: HTTP cannot carry the key") as raised,
+    ):
+        ask(f"http://127.0.0.1:{listener.getsockname()[1]}", key=key)
     assert raised.value.__suppress_context__ and "a-secret" not in repr(raised.value)
+
+
+def test_what_cannot_be_read_is_told_as_the_callers_error() -> None:
+    wanted = "answered /ask with something else than asked for: KeyError: 'b'"
+    with pytest.raises(ExchangeError, match=wanted), reading("/ask", ExchangeError):
+        {}["b"]

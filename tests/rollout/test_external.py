@@ -26,7 +26,7 @@ import torch.distributed as dist
 from hpt_mega.config import ParallelConfig
 from hpt_mega.process import die_with_parent, free_port
 from hpt_mega.rollout import sync as sync_module
-from hpt_mega.rollout.engine import EngineError
+from hpt_mega.rollout.engine import EngineError, SamplingParams
 from hpt_mega.rollout.external import KEY_VARIABLE, ExternalServer, RemoteClient
 from hpt_mega.rollout.vllm import VLLMClient
 from hpt_mega.rollout.vllm_plugin import BEGIN, END, INSTANCE, OneTrainer, RequireKey
@@ -143,6 +143,66 @@ def test_what_lacks_the_key_does_not_reach_the_server(kind: str, monkeypatch: py
     assert passed == ["/v1/realtime"]
     refusals = {"http": "http.response.start", "websocket": "websocket.close"}
     assert [part["type"] for part in sent if part["type"] != "http.response.body"] == [refusals[kind]] * 2
+
+
+CHOICE = {
+    "finish_reason": "stop",
+    "token_ids": [7, 2],
+    "logprobs": {"content": [{"logprob": -1.5}, {"logprob": 0}]},
+    "weight_versions": [{"version": "default"}],
+}
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "<html>Bad gateway</html>",
+        '{"choices": [{"tok',
+        "[" * 100_000,
+        "null",
+        '{"detail": "moved"}',
+        '{"choices": [[]]}',
+        *(json.dumps({"choices": [CHOICE | {name: wrong}]}) for name in CHOICE for wrong in (None, {}, "x")),
+        json.dumps({"choices": [CHOICE | {"token_ids": [7, "2"]}]}),
+        json.dumps({"choices": [CHOICE | {"token_ids": [7]}]}),
+        json.dumps({"choices": [CHOICE | {"weight_versions": []}]}),
+    ],
+)
+def test_an_answer_of_another_form_is_an_error_of_the_engine(
+    answer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = [json.dumps({"choices": [CHOICE]}), answer]
+    monkeypatch.setattr(VLLMClient, "_request", lambda *asked: said.pop(0).encode())
+    client = VLLMClient("ash", "", "", 600.0, 120.0, 30.0, Path())
+    sampling = SamplingParams(n=1, max_new_tokens=3)
+    ((sample,),) = client.generate([[1]], sampling)
+    assert (sample.tokens, sample.logp, sample.finished, sample.policy_version) == (
+        (7, 2),
+        (-1.5, 0.0),
+        True,
+        0,
+    )
+    with pytest.raises(EngineError, match=r"engine ash (answered /inference/v1/generate with some|gave )"):
+        client.generate([[1]], sampling)
+    said.append(answer)
+    with pytest.raises(EngineError, match="engine ash answered /inference/v1/generate with something else"):
+        client.logp([1], [7, 2])
+
+
+def test_nonsense_at_a_url_is_trouble_of_that_server(
+    supervised: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, url = supervised
+    handle = external(url)
+    handle.start(20.0)
+    for body in ("<html>", "[]", '{"detail": ""}'):
+        monkeypatch.setattr(one, "answer", lambda path, key, body=body: (200, body))
+        assert f"answered {INSTANCE} with something else than asked for" in handle.alive()
+    handle.close()
+    with pytest.raises(
+        EngineError, match=r"was not ready within 0\.1 s: answered /hpt/begin with something else"
+    ):
+        handle.start(0.1)
 
 
 def test_each_step_of_an_update_has_the_deadline_of_updates(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -241,6 +241,21 @@ def test_a_sample_of_other_weights_than_asked_for_is_refused(
         engine.generate(PROMPTS, SAMPLING)
 
 
+@pytest.mark.parametrize("answer", ["<html>", "{}", "[null]", '[{"meta_info": {"finish_reason": 1}}]'])
+def test_an_answer_of_another_form_is_an_error_of_the_engine(
+    engine: SGLangEngine, trainer: Trainer, monkeypatch: pytest.MonkeyPatch, answer: str
+) -> None:
+    trainer.update(engine, 1)
+    monkeypatch.setattr(engine, "_request", lambda *asked: answer.encode())
+    wanted = "engine oak answered /generate with something else than asked for"
+    with pytest.raises(EngineError, match=wanted):
+        engine.logp([3, 4, 9], [16, 5])
+    if answer != "{}":  # of no samples, which the fleet counts
+        with pytest.raises(EngineError, match=wanted):
+            engine.generate(PROMPTS, SAMPLING)
+    monkeypatch.undo()
+
+
 def test_known_tokens_are_scored_from_the_response_on(engine: SGLangEngine, trainer: Trainer) -> None:
     trainer.update(engine, 1)
     assert engine.logp([3, 4, 9], [16, 5]) == [-1.0, -5 / 16]
