@@ -10,11 +10,13 @@ import glob
 import os
 import platform
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TextIO
 
+OUTPUT_OF_JOBS = ("*.out", "*.err", "*.log")  # what a scheduler or `tee` may have put into a folder
 _NEW, _OLD = ".partial", ".replaced"
 
 
@@ -39,6 +41,12 @@ def write_atomically(out: Path, text: str) -> None:
     """Write a file as writing_file does."""
     with writing_file(out) as file:
         file.write(text)
+
+
+def strangers(folder: Path, own: Collection[str]) -> list[str]:
+    """What lies in a folder that exists and none of the patterns `own` means; hidden files do not count."""
+    names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+    return [name for name in names if not any(fnmatchcase(name, pattern) for pattern in own)]
 
 
 @contextmanager

@@ -24,6 +24,7 @@ WORKER = "hpt_mega.worker"
 TORCHRUN = "torch.distributed.run"
 GRACE_S = 40.0  # torchrun gives its workers 30 s after SIGTERM before it kills them
 LOG_LINES = 12
+STALE = ("rank*.log", "engine*.log", "torchrun.log", "srun.log", "failure_rank*.json")  # of an earlier run
 
 
 def launch(cfg: Config) -> int:
@@ -46,7 +47,7 @@ def run(cfg: object, config_path: Path, worker: str, world_size: int) -> int:
         return _run_worker(config_path, worker)
     logs = config_path.parent / "logs"
     logs.mkdir(exist_ok=True)
-    for stale in [*logs.glob("*.log"), *logs.glob("failure_rank*.json")]:
+    for stale in [path for pattern in STALE for path in logs.glob(pattern)]:
         stale.unlink()
     shutil.rmtree(logs / "torchrun", ignore_errors=True)
     command = torchrun_command(world_size, config_path, worker)

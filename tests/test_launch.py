@@ -8,7 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-from hpt_mega.launch import failure_report
+import pytest
+
+from hpt_mega.config import Config
+from hpt_mega.launch import failure_report, run
 
 SRUN = """srun: error: node1: task 5: Killed
 srun: Terminating StepId=7.1
@@ -29,6 +32,17 @@ def test_a_rank_whose_torchrun_is_gone_already_does_nothing(tmp_path: Path) -> N
     )
     assert ran.returncode == 1
     assert not (tmp_path / "began").exists()
+
+
+def test_a_new_run_removes_the_logs_of_the_last_and_no_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hpt_mega.launch._supervise", lambda *given: 0)
+    (tmp_path / "logs").mkdir()
+    for name in ("rank0.log", "engine0.log", "torchrun.log", "failure_rank1.json", "mine.log"):
+        (tmp_path / "logs" / name).touch()
+    assert run(Config(), tmp_path / "config.yaml", "worker", 1) == 0
+    assert [path.name for path in (tmp_path / "logs").iterdir()] == ["mine.log"]
 
 
 def test_a_killed_task_comes_first_and_the_others_are_counted(tmp_path: Path) -> None:

@@ -282,6 +282,37 @@ def test_an_unfinished_run_is_neither_overwritten_nor_mixed(model_folder: MakeMo
     assert problems(*fixed) == ""
 
 
+def test_a_folder_of_somebodys_own_files_is_no_run_folder(
+    model_folder: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = f"model.path={model_folder()}"
+    for mine in ("proj/config.yaml", "proj/logs/mine.log", "notes/a.txt"):
+        (tmp_path / mine).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / mine).write_text("trainer: {name: mine}\n")
+    for resume in ("never", "auto"):
+        assert "holds a config.yaml that `hpt train` has not written" in problems(
+            model, "run_dir=proj", f"resume={resume}"
+        )
+    assert "run_dir=notes holds a.txt, and no run of `hpt train`" in problems(model, "run_dir=notes")
+    assert "run_dir is empty; name a folder" in problems(model, "run_dir=")
+    assert (tmp_path / "proj" / "logs" / "mine.log").is_file()
+
+
+def test_a_folder_that_a_job_or_a_lab_has_prepared_is_a_run_folder(
+    model_folder: MakeModel, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    for path in ("logs/srun.log", "logs/serve0.log", "preflight/node0.json", "slurm-hpt-7.out", "label.json"):
+        (run / path).parent.mkdir(parents=True, exist_ok=True)
+        (run / path).touch()
+    fixed = (f"model.path={model_folder()}", f"run_dir={run}")
+    assert problems(*fixed) == problems(*fixed, "resume=auto") == ""
+    save(compose(fixed), run / "config.yaml")  # of an attempt that failed at its start
+    (run / "notes.txt").touch()
+    assert problems(*fixed) == ""
+
+
 @given(number=st.integers(1, 200), limit=st.integers(1, 200))
 def test_the_offered_numbers_are_the_divisors_up_to_the_limit(number: int, limit: int) -> None:
     offered = [int(text) for text in divisors(number, limit).split(", ")]

@@ -10,6 +10,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from hpt_mega.config import ConfigError, changes, conf_dir, fit, read_yaml, save
+from hpt_mega.files import OUTPUT_OF_JOBS, strangers
 from hpt_mega.lab.exercises import KINDS, Portion
 from hpt_mega.lab.models import FAMILIES, SIZES
 from hpt_mega.suggestion import did_you_mean
@@ -102,11 +103,17 @@ def read(name: str) -> LabConfig:
 
 
 def keep(cfg: LabConfig, folder: Path) -> None:
-    """Keep the config in the folder. Raises ConfigError where its runs were made with another one."""
+    """Keep the config in the folder. Raises ConfigError where its runs were made with another one,
+    or it holds files that are no lab's."""
     path = folder / KEPT
     if path.is_file() and (changed := changes(_read(path), cfg, FREE_TO_CHANGE)):
         raise ConfigError(
             f"{folder} holds runs of another lab ({'; '.join(changed)}); set another --out, or delete it"
+        )
+    if not path.is_file() and folder.is_dir() and (others := strangers(folder, OUTPUT_OF_JOBS)):
+        raise ConfigError(
+            f"{folder} holds {', '.join(others[:3])} and no {KEPT}, so that it is no lab's; set --out to a "
+            "folder that is empty or does not exist"
         )
     folder.mkdir(parents=True, exist_ok=True)
     save(cfg, path)

@@ -1,22 +1,51 @@
-"""The run folder: whether a run has begun there that this one would overwrite."""
+"""The run folder: whether a run has begun there that this one would overwrite, or somebody's files lie there."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
 
-from hpt_mega.config import Config, changes, load
+from hpt_mega.config import Config, ConfigError, changes, load, read_yaml
+from hpt_mega.files import OUTPUT_OF_JOBS, strangers
+
+SECTIONS = {"algorithm", "gate", "run_dir"}  # which the config.yaml of any run has
+# what others put there before training: slurm/common.sh, hpt serve, hpt lab, and whoever keeps the output
+BEFORE = ("logs", "preflight", "label.json", "stage*", *OUTPUT_OF_JOBS)
+OF_A_RUN = ("metrics.jsonl", "summary.json", "checkpoints")  # any of them
 
 
 def folder(cfg: Config) -> Iterator[str]:
-    """Whether the run folder can be used: a folder, and no other run's."""
+    """Whether the run folder can be used: a folder, no other run's, and not one of somebody's own files."""
+    if not cfg.run_dir.strip():
+        yield "run_dir is empty; name a folder, for instance run_dir=runs/first"
+        return
     run_dir = Path(cfg.run_dir)
     if run_dir.exists() and not run_dir.is_dir():
         yield f"run_dir={run_dir} is a file; choose another folder"
+        return
+    if run_dir.is_dir() and (found := _foreign(run_dir)):
+        yield f"run_dir={run_dir} {found}; choose a folder that is empty or does not exist"
+        return
     if cfg.resume == "never" and _is_unfinished(run_dir):
         yield f"run_dir={run_dir} holds an unfinished run; set resume=auto to go on, or another run_dir"
     if cfg.resume == "auto" and (run_dir / "summary.json").is_file():
         yield from _of_another_run(cfg, run_dir)
+
+
+def _foreign(run_dir: Path) -> str:
+    """Why the folder's files are not those of a run of hpt train; empty where they are, or there are none."""
+    config = run_dir / "config.yaml"
+    if config.is_file():
+        try:
+            given = read_yaml(config, "the config of a run")
+        except ConfigError:
+            given = {}
+        return "" if SECTIONS <= given.keys() else "holds a config.yaml that `hpt train` has not written"
+    if any((run_dir / name).exists() for name in OF_A_RUN):
+        return ""
+    others = strangers(run_dir, BEFORE)
+    more = f" and {len(others) - 3} more" if len(others) > 3 else ""
+    return f"holds {', '.join(others[:3])}{more}, and no run of `hpt train`" if others else ""
 
 
 def _of_another_run(cfg: Config, run_dir: Path) -> Iterator[str]:

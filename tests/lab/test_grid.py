@@ -127,6 +127,16 @@ def test_a_folder_refuses_another_lab_s_settings_and_takes_more_seeds(tmp_path: 
         keep(replace(cfg, steps=cfg.steps + 2), tmp_path)
 
 
+def test_a_lab_takes_no_folder_of_somebodys_own_files(tmp_path: Path) -> None:
+    (tmp_path / "job0.out").touch()
+    keep(read("quick"), tmp_path)
+    (tmp_path / "mine").mkdir()
+    keep(read("quick"), tmp_path)
+    (tmp_path / "lab.yaml").unlink()
+    with pytest.raises(ConfigError, match=r"holds mine and no lab\.yaml"):
+        keep(read("quick"), tmp_path)
+
+
 def test_stages_that_do_not_divide_the_steps_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
