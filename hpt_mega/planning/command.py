@@ -10,10 +10,11 @@ import json
 import re
 import sys
 from collections import Counter
+from dataclasses import fields
 from typing import Any
 
 from hpt_mega.planning.hardware import Hardware, hardware
-from hpt_mega.planning.job import Job, Layout, PlanError
+from hpt_mega.planning.job import Job, Layout, PlanError, check_values
 from hpt_mega.planning.models import ModelShape, model
 from hpt_mega.planning.search import Plan, Refusal, plan, search
 from hpt_mega.suggestion import did_you_mean
@@ -22,6 +23,8 @@ REFUSED = 2
 SHOWN = 8  # layouts of a table
 JOB_KEYS = ("gpus", "batch", "seq", "precision", "mode", "distributed_optimizer", "prompt", "rollout_tp")
 LAYOUT_KEYS = ("tp", "pp", "vpp", "cp", "ep", "etp", "microbatch", "recompute")
+FREE = ("microbatch", "recompute")  # given alone, they narrow the search; any other key gives the layout
+FLAGS = {"distributed_optimizer", *(f"model.{one.name}" for one in fields(ModelShape) if one.type == "bool")}
 KEYS = ("model", "hardware", *JOB_KEYS, "parallel.dp", *(f"parallel.{key}" for key in LAYOUT_KEYS))
 WORDS = ("model", "hardware", "precision", "mode", "parallel.recompute")
 
@@ -30,7 +33,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Give the verb's parser its options."""
     parser.description = (
         "Which layout fits and how fast it is: memory and time of a GPU, computed, without a GPU. "
-        "Searches all layouts, or judges the one given by parallel.KEY=VALUE."
+        "Searches all layouts, those of parallel.microbatch and recompute where these are given alone, or "
+        "judges the one given by parallel.KEY=VALUE."
     )
     parser.epilog = (
         "example: hpt plan model=llama3_1_70b hardware=h100 gpus=64; "
@@ -47,8 +51,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=_run)
 
 
-def parse(settings: list[str]) -> tuple[ModelShape, Hardware, Job, Layout | None]:
-    """What is asked. The layout is None where none is given. Raises PlanError."""
+def parse(settings: list[str]) -> tuple[ModelShape, Hardware, Job, Layout | None, dict[str, Any]]:
+    """What is asked. The layout is None where none is given; then some of its values may be, as FREE says.
+
+    Raises PlanError.
+    """
     given: dict[str, Any] = {}
     for setting in settings:
         key, equals, value = setting.partition("=")
@@ -74,7 +81,10 @@ def parse(settings: list[str]) -> tuple[ModelShape, Hardware, Job, Layout | None
             f"parallel.dp={dp} x tp {layout.tp} x pp {layout.pp} x cp {layout.cp} is not gpus={job.gpus}; "
             "change one of them, or leave parallel.dp out: it is what remains"
         )
-    return shape, gpu, job, layout if dp is not None or cut.keys() - {"microbatch", "recompute"} else None
+    if dp is not None or cut.keys() - set(FREE):
+        return shape, gpu, job, layout, {}
+    check_values(layout)
+    return shape, gpu, job, None, cut
 
 
 def _group(given: dict[str, Any], prefix: str) -> dict[str, Any]:
@@ -82,12 +92,15 @@ def _group(given: dict[str, Any], prefix: str) -> dict[str, Any]:
 
 
 def _value(key: str, text: str) -> Any:
-    if text.lower() in ("true", "false"):
+    if key in FLAGS:
+        if text.lower() not in ("true", "false"):
+            raise PlanError(f"{key}={text} given, expected true or false")
         return text.lower() == "true"
+    is_figure = key.startswith("hardware.")
     try:
-        return float(text) if key.startswith("hardware.") else int(text)
+        return float(text) if is_figure else int(text)
     except ValueError:
-        raise PlanError(f"{key}={text} given, expected a number, true or false") from None
+        raise PlanError(f"{key}={text} given, expected a {'' if is_figure else 'whole '}number") from None
 
 
 def as_json(found: Plan) -> dict[str, Any]:
@@ -113,8 +126,10 @@ def as_json(found: Plan) -> dict[str, Any]:
 
 def _run(options: argparse.Namespace) -> int:
     try:
-        shape, gpu, job, layout = parse(options.settings)
-        plans, refusals = ([plan(shape, job, layout, gpu)], []) if layout else search(shape, job, gpu)
+        shape, gpu, job, layout, given = parse(options.settings)
+        plans, refusals = (
+            ([plan(shape, job, layout, gpu)], []) if layout else search(shape, job, gpu, **given)
+        )
         if not plans:
             raise PlanError(_nothing_fits(job, gpu, refusals))
     except PlanError as error:

@@ -86,13 +86,18 @@ class Ranks:
         )
 
 
-def check(shape: ModelShape, job: Job, layout: Layout) -> None:
-    """Raise PlanError at the first rule that the layout breaks."""
+def check_values(layout: Layout) -> None:
+    """Raise PlanError at the first value that no layout can have."""
     for kind in ("tp", "pp", "vpp", "cp", "ep", "etp", "microbatch"):
         if getattr(layout, kind) < 1:
             raise PlanError(f"{kind}={getattr(layout, kind)}, expected 1 or above")
     if layout.recompute not in ("none", "selective", "full"):
         raise PlanError(f"recompute={layout.recompute}, expected none, selective or full")
+
+
+def check(shape: ModelShape, job: Job, layout: Layout) -> None:
+    """Raise PlanError at the first rule that the layout breaks."""
+    check_values(layout)
     _check_widths(shape, layout)
     _check_pipeline(shape, layout)
     ranks = layout.tp * layout.pp * layout.cp

@@ -64,16 +64,20 @@ def plan(shape: ModelShape, job: Job, layout: Layout, gpu: Hardware, reached: Ef
     )
 
 
-def search(shape: ModelShape, job: Job, gpu: Hardware) -> tuple[list[Plan], list[Refusal]]:
+def search(
+    shape: ModelShape, job: Job, gpu: Hardware, microbatch: int | None = None, recompute: str | None = None
+) -> tuple[list[Plan], list[Refusal]]:
     """Every layout that fits, fastest first, and the refused ones, nearest to fitting first.
 
-    Activations are recomputed only where a layout does not fit without.
+    Of the given micro-batch and recompute, where there are any; else activations are recomputed only where a
+    layout does not fit without.
     """
+    recomputes = ("none", "selective", "full") if recompute is None else (recompute,)
     plans: list[Plan] = []
     refusals: list[Refusal] = []
-    for cut in _layouts(shape, job, gpu):
-        for recompute in ("none", "selective", "full"):
-            layout = replace(cut, recompute=recompute)
+    for cut in _layouts(shape, job, gpu, microbatch):
+        for again in recomputes:
+            layout = replace(cut, recompute=again)
             try:
                 needed = memory(shape, job, layout).total
                 over = needed - gpu.memory_gib
@@ -83,7 +87,7 @@ def search(shape: ModelShape, job: Job, gpu: Hardware) -> tuple[list[Plan], list
             except PlanError as error:
                 refusals.append(Refusal(layout, str(error)))
                 break
-            if recompute == "full":
+            if again == recomputes[-1]:
                 reason = f"needs {needed:.1f} GiB of {gpu.memory_gib:.1f}"
                 refusals.append(Refusal(layout, reason, over))
     plans.sort(key=lambda found: -found.tokens_per_s_per_gpu)
@@ -91,7 +95,7 @@ def search(shape: ModelShape, job: Job, gpu: Hardware) -> tuple[list[Plan], list
     return plans, refusals
 
 
-def _layouts(shape: ModelShape, job: Job, gpu: Hardware) -> Iterator[Layout]:
+def _layouts(shape: ModelShape, job: Job, gpu: Hardware, microbatch: int | None) -> Iterator[Layout]:
     """Tensor-parallel ranks within a node, experts uncut, no recompute yet; stages of equal layers, or a
     power of two of them (DeepSeek-V3's 61 layers)."""
     for tp in _powers(min(gpu.gpus_per_node, 8, job.gpus)):
@@ -103,8 +107,9 @@ def _layouts(shape: ModelShape, job: Job, gpu: Hardware) -> Iterator[Layout]:
                     continue
                 for ep in _powers(min(shape.experts, job.gpus // pp)) if shape.experts else (1,):
                     for vpp in _chunks(shape, pp):
-                        for microbatch in (1, 2, 4) if cp == 1 else (1,):  # else less cp does better
-                            yield Layout(tp, pp, vpp, cp, ep, 1, microbatch)
+                        tried = (1, 2, 4) if cp == 1 else (1,)  # else less cp does better
+                        for size in tried if microbatch is None else (microbatch,):
+                            yield Layout(tp, pp, vpp, cp, ep, 1, size)
 
 
 def _powers(most: int) -> list[int]:

@@ -57,7 +57,14 @@ def test_hardware_of_the_users_own_is_taken(capsys: pytest.CaptureFixture[str]) 
         ("model=llama3_1_70b hardware=a100 gpus=64", "unknown hardware a100"),
         ("model=llama3_1_70b hardware=h100 gpus=8", "no layout fits 8 GPUs"),
         ("model=llama3_1_70b hardware=h100", "no gpus given"),
-        ("model=llama3_1_70b hardware=h100 gpus=some", "expected a number"),
+        ("model=llama3_1_70b hardware=h100 gpus=some", "expected a whole number"),
+        ("model=llama3_1_70b hardware=h100 gpus=6.5", "gpus=6.5 given, expected a whole number"),
+        ("model=llama3_1_70b hardware=h100 gpus=true", "gpus=true given, expected a whole number"),
+        ("model=llama3_1_70b hardware=h100 gpus=64 distributed_optimizer=5", "expected true or false"),
+        ("model=llama3_1_70b hardware=h100 gpus=64 model.tied=1", "expected true or false"),
+        ("model=llama3_1_70b hardware=h100 gpus=64 hardware.memory_gib=big", "expected a number"),
+        ("model=llama3_1_70b hardware=h100 gpus=64 parallel.microbatch=0", "microbatch=0, expected 1 or"),
+        ("model=llama3_1_70b hardware=h100 gpus=64 recompute=some", "expected none, selective or full"),
         ("model=llama3_1_70b hardware=h100 gpus=64 paralel.tp=2", "did you mean parallel.tp"),
         ("model=llama3_1_70b hardware=h100 gpus=64 precision=fp4", "expected bf16 or fp8"),
         ("model=llama3_1_70b hardware=h100 gpus=64 parallel.tp=3", "choose a divisor"),
@@ -75,6 +82,15 @@ def test_what_cannot_be_is_an_error_of_one_line(
     assert words in captured.err
     assert captured.err.count("\n") == 1
     assert not captured.out
+
+
+def test_a_micro_batch_and_recompute_given_alone_narrow_the_search(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    line = "plan model=llama3_1_8b hardware=h100 gpus=8 recompute=full parallel.microbatch=2 --json"
+    assert main(line.split()) == 0
+    layout = json.loads(capsys.readouterr().out)["breakdown"]["layout"]
+    assert (layout["recompute"], layout["microbatch"]) == ("full", 2)
 
 
 def test_a_layout_that_does_not_fit_is_shown_with_a_warning(capsys: pytest.CaptureFixture[str]) -> None:
