@@ -9,6 +9,7 @@ import argparse
 import os
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,14 @@ KNOWN = {
 
 def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
+    warnings.filterwarnings("ignore", module="megatron")
     started = time.monotonic()
     try:
+        if not Path(options.tokenizer).is_dir():
+            raise ConfigError(
+                f"--tokenizer {options.tokenizer}: no such folder (looked for "
+                f"{Path(options.tokenizer).absolute()}); expected a Hugging Face folder"
+            )
         benchmarks = {name: _questions(name, options.split) for name in options.benchmarks}
         report = prepare(_settings(options), options.out, benchmarks)
     except (ValueError, ImportError, OSError) as error:

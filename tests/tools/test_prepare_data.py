@@ -47,6 +47,14 @@ def test_what_cannot_be_read_is_refused_with_what_was_expected(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_tokenizer_is_looked_for_on_this_machine_only(
+    tool: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["--data", "a.jsonl", "--tokenizer", "nosuch", "--out", str(tmp_path / "out")]
+    assert tool.main(given) == 2
+    assert "--tokenizer nosuch: no such folder (looked for /" in capsys.readouterr().err
+
+
 def test_a_mapping_is_known_by_name_or_spelt_out(tool: ModuleType) -> None:
     assert tool._columns(["openr1"]).answer == "reward_model.ground_truth"
     assert tool._columns(["prompt=problem", "incorrect=[a,b]"]).incorrect == ["a", "b"]
