@@ -17,7 +17,7 @@ from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 from yaml import YAMLError
 
 from hpt_mega.files import write_atomically
@@ -402,6 +402,11 @@ _OPTION_SECTIONS = ("algorithm", "gate")  # their options depend on their name; 
 
 def _checked_override(override: str) -> str:
     """The override as Hydra wants it, once its key and, for a group, its choice are known to exist."""
+    if override.startswith(("+", "~")):
+        raise ConfigError(
+            f"got {override!r}, expected KEY=VALUE without a + or ~ before it: keys are set, none "
+            "is added or removed"
+        )
     match = re.fullmatch(r"([A-Za-z_][\w.]*)=(.*)", override, flags=re.DOTALL)
     if not match:
         raise ConfigError(
@@ -410,6 +415,10 @@ def _checked_override(override: str) -> str:
     key, value = match.groups()
     choices = _choices(key)
     if choices is not None:
+        if key not in (groups := _groups()):
+            raise ConfigError(
+                f"{override}: conf/{key} is another command's; groups to choose from: {', '.join(groups)}"
+            )
         if value not in (*choices, "null"):
             raise ConfigError(
                 f"{key}={value}: no such choice{did_you_mean(value, choices)}; known: {', '.join(choices)}"
@@ -427,6 +436,12 @@ def _checked_override(override: str) -> str:
         names = ", ".join(f"{key}.{f.name}" for f in fields(expected))
         raise ConfigError(f"{key}={value}: {key} is a section, expected one of its keys: {names}")
     return f"++{override}" if section in _OPTION_SECTIONS else override
+
+
+def _groups() -> list[str]:
+    """The groups of which a config has a choice."""
+    defaults = OmegaConf.load(conf_dir() / "config.yaml").defaults
+    return [str(group) for one in defaults if isinstance(one, DictConfig) for group in one]
 
 
 def _choices(group: str) -> list[str] | None:
@@ -448,8 +463,7 @@ def _type_at(key: str, schema: Any = Config) -> Any:
             raise ConfigError(f"unknown key {key}: nothing lies below {key.rpartition('.')[0]}")
         hints = get_type_hints(node)
         if part not in hints:
-            groups = (path.name for path in conf_dir().iterdir() if path.is_dir())
-            near = did_you_mean(key, [*groups, *leaves(Config)])
+            near = did_you_mean(key, [*_groups(), *leaves(Config)])
             raise ConfigError(f"unknown key {key}{near or '; hpt_mega/config.py lists them all'}")
         node = hints[part]
     return node
@@ -490,10 +504,15 @@ def _shown(value: Any) -> str:
 def _explain(error: BaseException, schema: Any = Config) -> str:
     """A sentence from what Hydra or OmegaConf raised, in the terms of the schema where it names a key."""
     if isinstance(error, OverrideParseException):
+        given = error.override.lstrip("+")
+        key, _, value = given.partition("=")
+        quoted = 'key="a=b"' if value[:1] in ("[", "{") or '"' in value else f'{key}="{value}"'
         reason = str(error).splitlines()[0]
-        return (
-            f"cannot read {error.override!r}: {reason}; quote a value with special characters: 'key=\"a=b\"'"
-        )
+        if reason.startswith("LexerNoViableAlt"):  # which says no more than its name
+            reason = "a character that only a quoted value may hold"
+        return f"cannot read {given!r}: {reason}; quote a value with special characters: '{quoted}'"
+    if isinstance(error, YAMLError):
+        return " ".join(str(error).split())  # with the file and the line
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, OmegaConfBaseException):
         cause = cause.__cause__
@@ -501,14 +520,35 @@ def _explain(error: BaseException, schema: Any = Config) -> str:
     key = getattr(cause, "full_key", None)
     if not key:
         return what
+    holder: Any = getattr(cause, "object_type", None)
+    if isinstance(cause, ConfigKeyError) and is_dataclass(holder) and holder is not schema:
+        return _unknown_key(key, what, holder, schema)
     path = key.replace("[", ".").replace("]", "")
     if path.partition(".")[0] not in get_type_hints(schema):
-        schema = getattr(cause, "object_type", None) or schema  # of a list's element only its own key is told
+        schema = holder or schema  # of a list's element only its own key is told
     try:
         declared = _type_at(path, schema)
     except ConfigError:
         return f"{key}: {what}{did_you_mean(key, leaves(schema)) if is_dataclass(schema) else ''}"
     return f"{key}: {what}; expected {_describe(declared)}"
+
+
+def _unknown_key(key: str, what: str, holder: Any, schema: Any) -> str:
+    """What to say of a key that a section, whose keys `holder` declares, does not have."""
+    parent, _, name = key.rpartition(".")
+    where = parent or next((path for path, hint in _lists(schema) if get_args(hint)[0] is holder), "")
+    known = [one.name for one in fields(holder)]
+    near = did_you_mean(name, known)
+    return f"{where + '.' if where else ''}{name}: {what}{near}; known: {', '.join(known)}"
+
+
+def _lists(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The keys that hold lists, and their types."""
+    for name, hint in get_type_hints(node).items():
+        if is_dataclass(hint):
+            yield from _lists(hint, f"{prefix}{name}.")
+        elif get_origin(hint) is list:
+            yield prefix + name, hint
 
 
 def _describe(hint: Any) -> str:

@@ -92,7 +92,20 @@ def test_a_saved_config_is_loaded_as_it_was(tmp_path: Path) -> None:
         ("algorithm.name=grpo", "algorithm=grpo"),
         ("experiment=nope", "known: demo, hpt_70b, hpt_7b, hpt_moe, lab/pretrain, lab/train, tiny"),
         ("demo", "expected KEY=VALUE"),
-        ("+parallel.cp=2", "expected KEY=VALUE"),
+        ("+parallel.cp=2", "expected KEY=VALUE without a + or ~ before it"),
+        ("~trainer", "expected KEY=VALUE without a + or ~ before it"),
+        ("lab=full", "conf/lab is another command's; groups to choose from: model, parallel, "),
+        (
+            "optimizer.groups=[{lr_scael: 1}]",
+            "lr_scael: Key 'lr_scael' not in 'ParameterGroup'; did you mean lr_scale?; known: match, ",
+        ),
+        (
+            "data.mixture=[{file: a, columns: {prmpt: x}}]",
+            "'prmpt' not in 'ColumnsConfig'; did you mean prompt?; known",
+        ),
+        ("data.train_file=größe.jsonl", "only a quoted value may hold; quote a value"),
+        ("data.train_file=größe.jsonl", "'data.train_file=\"größe.jsonl\"'"),
+        ("algorithm.clip_high=größe", "cannot read 'algorithm.options.clip_high=größe'"),
     ],
 )
 def test_a_wrong_override_is_told_what_was_expected(override: str, expected: str) -> None:
