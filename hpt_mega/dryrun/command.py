@@ -12,11 +12,15 @@ import resource
 import sys
 import time
 import warnings
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from hpt_mega.config import Config, ConfigError, compose
 
 if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
     from hpt_mega.dryrun.examine import Findings
     from hpt_mega.planning import Hardware
 
@@ -104,7 +108,8 @@ def _print(cfg: Config, found: Findings, gpu: Hardware) -> None:
     console = Console(markup=False, highlight=False)
     console.print(cfg.parallel.product)
     if found.stages:
-        console.print(_table(found, gpu))
+        print_whole(_rows(found), f"{_TITLE} {gpu.memory_gib:.1f} on {gpu.name}", console)
+        console.print("(estimated; parameters built)")
         console.print(found.covered)
     if found.batch:
         cut = found.batch
@@ -122,26 +127,43 @@ def _print(cfg: Config, found: Findings, gpu: Hardware) -> None:
         console.print("nothing wrong with the job" + ("; its files are not here" if found.missing else ""))
 
 
-def _table(found: Findings, gpu: Hardware) -> Any:
-    from rich.table import Table
+_TITLE = "a GPU of each stage, GiB of"
 
-    parts = list(found.stages[0].training.parts())
-    table = Table(
-        *("stage", "layers", "parameters", *parts, "engine", "total"),
-        title=f"a GPU of each stage, GiB of {gpu.memory_gib:.1f} on {gpu.name} (estimated; parameters built)",
-    )
+
+def _rows(found: Findings) -> list[list[str]]:
+    """A head, and a row a stage."""
     built_by_stage = {built.stage: built for built in reversed(found.ranks)}
+    rows = [["stage", "layers", "parameters", *found.stages[0].training.parts(), "engine", "total"]]
     for index, stage in enumerate(found.stages):
         built = built_by_stage.get(index)
-        table.add_row(
-            str(index),
-            _span(built.layers) if built else "",
-            f"{built.parameters / 1e9:.3f} B" if built else "",
-            *(f"{gib:.1f}" for gib in stage.training.parts().values()),
-            f"{stage.engine:.1f}",
-            f"{stage.total:.1f}",
-        )
+        numbers = [*stage.training.parts().values(), stage.engine, stage.total]
+        layers, parameters = (_span(built.layers), f"{built.parameters / 1e9:.3f} B") if built else ("", "")
+        rows.append([str(index), layers, parameters, *(f"{gib:.1f}" for gib in numbers)])
+    return rows
+
+
+def print_whole(rows: Sequence[Sequence[str]], title: str, console: Console) -> None:
+    """Print a table whose first row is its head: on its side where it is too wide, but never cut."""
+    from rich.console import Console
+
+    upright, lying = _table(rows, title), _table(list(zip(*rows, strict=True)), title)
+    if _width(upright, console) > console.width and _width(lying, console) < _width(upright, console):
+        upright = lying
+    width = max(console.width, _width(upright, console))
+    Console(file=console.file, width=width).print(upright)
+
+
+def _table(rows: Sequence[Sequence[str]], title: str) -> Table:
+    from rich.table import Column, Table
+
+    table = Table(*(Column(name, no_wrap=True) for name in rows[0]), title=title)
+    for row in rows[1:]:
+        table.add_row(*row)
     return table
+
+
+def _width(table: Table, console: Console) -> int:
+    return console.measure(table, options=console.options.update(max_width=10_000)).maximum
 
 
 def _span(layers: tuple[int, ...]) -> str:

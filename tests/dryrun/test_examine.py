@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from hpt_mega.config import ConfigError, compose, conf_dir
-from hpt_mega.dryrun.command import as_json
+from hpt_mega.dryrun.command import as_json, print_whole
 from hpt_mega.dryrun.estimate import planned_shape
 from hpt_mega.dryrun.examine import Findings, examine, typical_ranks
 from hpt_mega.planning import MODELS, hardware
@@ -165,6 +167,20 @@ def test_a_feature_that_nothing_computes_is_a_problem_not_a_crash(tmp_path: Path
 def test_a_model_without_any_config_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"holds no config.json and model.published is ''"):
         dryrun(f"model.path={tmp_path}/absent")
+
+
+@pytest.mark.parametrize("stages", [3, 40])
+def test_a_table_that_is_too_wide_is_laid_on_its_side_and_no_number_is_cut(stages: int) -> None:
+    console = Console(file=StringIO(), width=80)
+    rows = [[f"column {i}" for i in range(12)], *([f"{i}.{j}" for j in range(12)] for i in range(stages))]
+    print_whole(rows, "title", console)
+    assert isinstance(console.file, StringIO)
+    printed = console.file.getvalue()
+    for row in rows:
+        for cell in row:
+            assert f" {cell} " in printed
+    assert "…" not in printed
+    assert (max(map(len, printed.splitlines())) <= 80) == (stages == 3)
 
 
 def test_a_rank_outside_the_job_is_refused() -> None:
