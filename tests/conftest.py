@@ -37,7 +37,7 @@ def model_folder(tmp_path: Path) -> Callable[..., Path]:
             "max_position_embeddings": 8192,
         }
         (folder / "config.json").write_text(json.dumps(default | shape))
-        (folder / "model.safetensors").touch()
+        (folder / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
         (folder / "tokenizer.json").touch()
         return folder
 

@@ -71,6 +71,18 @@ def test_the_default_config_and_every_algorithm_are_accepted(model_folder: MakeM
         (("rollout.top_p=1.5",), "rollout.top_p is 1.5, expected at most 1"),
         (("optimizer.lr=0",), "optimizer.lr is 0.0, expected above 0"),
         (("optimizer.lr=nan",), "optimizer.lr is nan, expected above 0"),
+        (("optimizer.lr=inf",), "optimizer.lr is inf, expected a finite number"),
+        (("rollout.temperature=nan",), "rollout.temperature is nan, expected 0 or above"),
+        (("rollout.temperature=inf",), "rollout.temperature is inf, expected a finite number"),
+        (("telemetry.prometheus_port=99999",), "telemetry.prometheus_port is 99999, expected 0 to 65535"),
+        (("seed=-1",), "seed is -1, expected 0 to 4294967295"),
+        (("seed=4294967296",), "seed is 4294967296, expected 0 to 4294967295"),
+        (("gate.threshold=1.5",), "option threshold of gate 'switch' is a pass rate, expected 1 or below"),
+        (
+            ("data.tasks=[{name: gcd, options: {min_valu: 2}}]",),
+            "data.tasks.0.options: gcd has no option 'min_valu'; did you mean min_value? known: min_numbers",
+        ),
+        (("model.path=",), "model.path is empty; set model.path to a Hugging Face folder"),
         (("optimizer.cpu_offload=1.5",), "optimizer.cpu_offload is 1.5, expected 0 to 1"),
         pytest.param(
             ("optimizer.cpu_offload=0.5",),
@@ -97,6 +109,31 @@ def test_a_misuse_is_named_with_what_was_expected(
     overrides: tuple[str, ...], expected: str, model_folder: MakeModel, tmp_path: Path
 ) -> None:
     assert expected in problems(f"model.path={model_folder()}", f"run_dir={tmp_path}/run", *overrides)
+
+
+def test_an_impossible_size_is_the_only_problem(model_folder: MakeModel, tmp_path: Path) -> None:
+    said = problems(
+        f"model.path={model_folder()}", f"run_dir={tmp_path}/run", "parallel.tp=0", "rollout=vllm"
+    )
+    assert [line for line in said.splitlines() if "parallel." in line] == [
+        "  1. parallel.tp is 0, expected above 0"
+    ]
+
+
+def test_weights_that_are_cut_off_are_refused_before_any_process_starts(
+    model_folder: MakeModel, tmp_path: Path
+) -> None:
+    folder = model_folder()
+    header = b'{"a":{"dtype":"BF16","shape":[9],"data_offsets":[0,18]}}'
+    weights = len(header).to_bytes(8, "little") + header + bytes(17)
+    (folder / "model.safetensors").write_bytes(weights)
+    said = problems(f"model.path={folder}", f"run_dir={tmp_path}/run")
+    assert f"holds {len(weights)} bytes and its header describes {len(weights) + 1}; the file is cut" in said
+
+
+def test_a_model_that_is_not_there_is_not_the_demo_s(tmp_path: Path) -> None:
+    said = problems("model=llama3_1_70b", f"run_dir={tmp_path}/run")
+    assert "no such folder" in said and "prepare_demo_model" not in said
 
 
 def test_widths_that_an_fp8_recipe_cannot_take_are_named(model_folder: MakeModel, tmp_path: Path) -> None:

@@ -9,18 +9,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hpt_mega.checkpoint.hf import read_config
+from hpt_mega.checkpoint.hf import HFCheckpoint, read_config
 from hpt_mega.checkpoint.megatron_folder import companions_for, is_megatron, iteration_folder
 from hpt_mega.config import ModelConfig
 
 
 def read_model(model: ModelConfig) -> tuple[Mapping[str, Any], list[str]]:
     """The model's config.json (empty where unreadable) and what is wrong with its folders."""
+    how = "set model.path to a Hugging Face folder, or a Megatron checkpoint"
+    if not model.path.strip():
+        return {}, [f"model.path is empty; {how}"]
     folder = Path(model.path)
-    how = (
-        "set model.path to a Hugging Face folder; the demo's is made by "
-        f"`python tools/prepare_demo_model.py --out {ModelConfig.path}`"
-    )
+    if model.path == ModelConfig.path:
+        how = f"make the demo's model by `python tools/prepare_demo_model.py --out {model.path}`, or {how}"
     if not folder.is_dir():
         return {}, [f"model.path={folder}: no such folder (looked for {folder.absolute()}); {how}"]
     if is_megatron(folder):
@@ -30,6 +31,11 @@ def read_model(model: ModelConfig) -> tuple[Mapping[str, Any], list[str]]:
     shape, problems = _read_companions("model.path", folder, how)
     if not any(folder.glob("*.safetensors")):
         problems.append(f"model.path={folder} holds no *.safetensors; {how}")
+    elif shape:
+        try:
+            HFCheckpoint(folder)  # reads the files' headers: is one cut off, or missing?
+        except (OSError, ValueError) as error:
+            problems.append(f"model.path: {error}")
     return shape, problems
 
 

@@ -98,3 +98,14 @@ WRITERS: dict[str, Callable[[Entry], str]] = {
     "gsm_symbolic": _word_problem_steps,
     "products": _arithmetic_steps,
 }
+
+_TERMS = ("min_terms", "max_terms", "min_digits", "max_digits", "allow_negation")
+# What can be set of a task: the fields of its config in reasoning-gym, whose import takes seconds.
+OPTIONS: dict[str, tuple[str, ...]] = {
+    "basic_arithmetic": (*_TERMS, "operators", "allow_parentheses", "format_style", "whitespace"),
+    "chain_sum": _TERMS,
+    "decimal_chain_sum": (*_TERMS, "min_decimal_places", "max_decimal_places"),
+    "gcd": ("min_numbers", "max_numbers", "min_value", "max_value"),
+    "gsm_symbolic": ("difficulty",),
+    "products": _TERMS,
+}

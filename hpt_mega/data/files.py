@@ -79,22 +79,24 @@ def _read_rows(source: str, split: str) -> Iterator[tuple[str, Row]]:
 
 
 def _json_lines(path: Path) -> Iterator[tuple[int, Any]]:
-    with path.open(encoding="utf-8") as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if line.strip():
                 yield number, _parsed(line, f"{path}:{number}", "one object a line")
 
 
 def _json_list(path: Path) -> Iterator[tuple[int, Any]]:
-    rows = _parsed(path.read_text(encoding="utf-8"), str(path), "a list of objects")
+    rows = _parsed(path.read_bytes(), str(path), "a list of objects")
     if not isinstance(rows, list):
         raise ValueError(f"{path}: got {type(rows).__name__}, expected a list of objects")
     yield from enumerate(rows, start=1)
 
 
-def _parsed(text: str, where: str, expected: str) -> Any:
+def _parsed(text: bytes, where: str, expected: str) -> Any:
     try:
-        return json.loads(text)
+        return json.loads(text.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{where}: not in UTF-8 ({error}); save the file in UTF-8") from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: no JSON ({error}); expected {expected}") from None
 

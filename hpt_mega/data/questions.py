@@ -167,7 +167,7 @@ def _read(
     questions: dict[str, Question] = {}
     long_prompts = cut = 0
     limit = config.max_demonstration_tokens
-    stem = Path(file).stem
+    stem, number = Path(file).stem, -1
     for number, record in enumerate(read_records(file, source.columns)):
         if len(questions) == wanted:
             break
@@ -190,6 +190,8 @@ def _read(
         print(f"data: {file}: dropped {long_prompts} prompts above {config.max_prompt_tokens} tokens")
     if cut:
         print(f"data: {file}: cut {cut} demonstrations to {limit} tokens")
+    if number < 0:
+        raise ValueError(f"{file} is empty; expected questions, {wanted} of them ({key})")
     if len(questions) < wanted:
         raise ValueError(
             f"{file} has {len(questions)} distinct usable questions, {wanted} are wanted; lower {key}"
@@ -278,7 +280,11 @@ def _entries(task: TaskConfig, seed: int, wanted: int) -> Iterator[dict[str, Any
     import reasoning_gym
 
     size = DRAWS_PER_QUESTION * max(wanted, 1)
-    dataset = reasoning_gym.create_dataset(task.name, seed=seed, size=size, **dict(task.options))
+    try:
+        dataset = reasoning_gym.create_dataset(task.name, seed=seed, size=size, **dict(task.options))
+    except (AssertionError, TypeError, ValueError) as error:
+        why = str(error) or "they do not fit together"
+        raise ValueError(f"data.tasks: options {dict(task.options)} of {task.name}: {why}") from error
     for i in range(size):
         yield dataset[i]
 

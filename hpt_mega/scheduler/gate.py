@@ -82,6 +82,9 @@ GATES: dict[str, Callable[..., Weights]] = {
 }
 
 
+THRESHOLDS = ("threshold", "switch_gate", "switch_gate_off")  # compared with pass rates
+
+
 @dataclass(frozen=True)
 class Gate:
     """A gate with its options, callable on pass rates."""
@@ -116,6 +119,10 @@ def gate(name: str, **options: Any) -> Gate:
             raise ValueError(f"unknown option {key!r} of gate '{name}'; known: {known}")
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
             raise ValueError(f"option {key} of gate '{name}' must be a finite number; got {value!r}")
+        if key in THRESHOLDS and value > 1:
+            raise ValueError(
+                f"option {key} of gate '{name}' is a pass rate, expected 1 or below; got {value}"
+            )
     made = Gate(name, options)
     made(torch.zeros(1))  # options that do not fit together fail here, not in the first step
     return made

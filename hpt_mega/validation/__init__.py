@@ -63,10 +63,11 @@ def _refuse(found: Sequence[str]) -> None:
 
 def contradictions(cfg: Config, shape: Mapping[str, Any], *, on_gpu: bool) -> list[str]:
     """What is wrong with the config on any machine with GPUs, or without. `shape`: config.json, or empty."""
+    simple = [*values.numbers(cfg), *values.names(cfg), *data.tasks(cfg)]
+    if min(vars(cfg.parallel)[size] for size in values.SIZES) < 1:
+        return simple  # what follows computes with the layout
     checks = chain(
-        values.numbers(cfg),
-        values.names(cfg),
-        data.tasks(cfg),
+        simple,
         layout.tensor(cfg, shape, on_gpu),
         precision.fp8(cfg, shape, on_gpu),
         layout.pipeline(cfg, shape),

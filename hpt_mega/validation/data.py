@@ -6,10 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from hpt_mega.config import Config
-from hpt_mega.data.demonstrations import WRITERS
+from hpt_mega.data.demonstrations import OPTIONS, WRITERS
 from hpt_mega.data.files import HUB, is_data
 from hpt_mega.data.store import is_prepared
 from hpt_mega.replay import read_batches
+from hpt_mega.suggestion import did_you_mean
 
 
 def tasks(cfg: Config) -> Iterator[str]:
@@ -29,6 +30,12 @@ def tasks(cfg: Config) -> Iterator[str]:
     for index, task in enumerate(cfg.data.tasks):
         if task.name not in WRITERS:
             yield f"data.tasks.{index}.name is {task.name!r}, expected one of {', '.join(WRITERS)}"
+        for option in task.options.keys() - set(OPTIONS.get(task.name, task.options)):
+            known = OPTIONS[task.name]
+            yield (
+                f"data.tasks.{index}.options: {task.name} has no option {option!r}"
+                f"{did_you_mean(option, known)}; known: {', '.join(known)}"
+            )
     weights = {f"data.tasks.{i}.weight": task.weight for i, task in enumerate(cfg.data.tasks)}
     weights |= {f"data.mixture.{i}.weight": part.weight for i, part in enumerate(cfg.data.mixture)}
     for key, weight in weights.items():

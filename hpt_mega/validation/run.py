@@ -1,4 +1,4 @@
-"""The run folder: whether a run has begun there that this one would overwrite, or somebody's files lie there."""
+"""The run folder: whether another run, or somebody's own files, are there, which this one would overwrite."""
 
 from __future__ import annotations
 
@@ -36,11 +36,12 @@ def _foreign(run_dir: Path) -> str:
     """Why the folder's files are not those of a run of hpt train; empty where they are, or there are none."""
     config = run_dir / "config.yaml"
     if config.is_file():
+        refusal = "holds a config.yaml that `hpt train` has not written"
         try:
             given = read_yaml(config, "the config of a run")
         except ConfigError:
-            given = {}
-        return "" if SECTIONS <= given.keys() else "holds a config.yaml that `hpt train` has not written"
+            return refusal
+        return "" if given.keys() >= SECTIONS else refusal
     if any((run_dir / name).exists() for name in OF_A_RUN):
         return ""
     others = strangers(run_dir, BEFORE)

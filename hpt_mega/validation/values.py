@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from dataclasses import asdict
 from operator import attrgetter
 
-from hpt_mega.config import Config
+from hpt_mega.config import Config, flattened
 from hpt_mega.data.readers import READERS
 from hpt_mega.data.templates import TEMPLATES
 from hpt_mega.rewards.function import load_function
@@ -17,13 +19,14 @@ SCHEDULES = ("constant", "cosine", "linear")
 RESUME = ("never", "auto")
 ENGINES = ("megatron", "vllm", "sglang")
 CHECKPOINT_FORMATS = ("dp_reshardable", "fully_reshardable")
+SIZES = ("tp", "cp", "pp", "dp", "vpp", "ep", "etp")  # of parallel
+OPTIONS = ("algorithm.options.", "gate.options.")  # whose bounds the algorithm and the gate know
 RECOMPUTE = ("none", "selective", "full")
 
 
 def numbers(cfg: Config) -> Iterator[str]:
     """Numbers outside their bounds."""
     above_zero = (
-        "parallel.tp parallel.cp parallel.pp parallel.dp parallel.vpp parallel.ep parallel.etp "
         "data.train_questions data.heldout_questions "
         "data.max_prompt_tokens data.max_demonstration_tokens reward.workers reward.deadline_s "
         "reward.memory_mib evaluation.samples evaluation.top_p "
@@ -42,12 +45,23 @@ def numbers(cfg: Config) -> Iterator[str]:
         "optimizer.clip_grad optimizer.beta1 optimizer.beta2 optimizer.min_lr_ratio trainer.eval_every "
         "trainer.save_every"
     )
-    for key in above_zero.split():
+    for key in [*(f"parallel.{size}" for size in SIZES), *above_zero.split()]:
         if not (value := attrgetter(key)(cfg)) > 0:
             yield f"{key} is {value}, expected above 0"
     for key in at_least_zero.split():
         if not (value := attrgetter(key)(cfg)) >= 0:
             yield f"{key} is {value}, expected 0 or above"
+    yield from _at_most(cfg)
+
+
+def _at_most(cfg: Config) -> Iterator[str]:
+    """Numbers above their bounds."""
+    for key, value in flattened(asdict(cfg)):
+        if value == math.inf and not key.startswith(OPTIONS):
+            yield f"{key} is {value}, expected a finite number"
+    for key, most in (("seed", 2**32 - 1), ("telemetry.prometheus_port", 65535)):
+        if not 0 <= (value := attrgetter(key)(cfg)) <= most:
+            yield f"{key} is {value}, expected 0 to {most}"
     for key in ("rollout.top_p", "evaluation.top_p", "optimizer.min_lr_ratio"):
         if (value := attrgetter(key)(cfg)) > 1:
             yield f"{key} is {value}, expected at most 1"

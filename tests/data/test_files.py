@@ -44,6 +44,13 @@ def test_a_wrong_line_is_named_with_what_was_expected(line: str, expected: str, 
     assert expected in str(refused.value)
 
 
+def test_a_file_that_is_not_in_utf_8_is_named_with_its_line(tmp_path: Path) -> None:
+    path = tmp_path / "latin.jsonl"
+    path.write_bytes(b'{"prompt": "a"}\n' + '{"prompt": "größe"}'.encode("latin-1"))
+    with pytest.raises(ValueError, match=r"latin\.jsonl:2: not in UTF-8 .*; save the file in UTF-8"):
+        list(read_records(path))
+
+
 def test_a_misspelt_column_is_refused_and_a_foreign_one_is_not(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="column anwser is not known; did you mean answer"):
         list(read_records(write(tmp_path / "a.jsonl", {"prompt": "a", "anwser": "b"})))

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 from transformers import PreTrainedTokenizerFast
 
 from hpt_mega.config import DataConfig, SourceConfig, TaskConfig
+from hpt_mega.data.demonstrations import OPTIONS, WRITERS
 from hpt_mega.data.questions import load_questions
 from hpt_mega.rewards.math import quick_verdict
 from tests.data.byte_tokenizer import byte_tokenizer
@@ -139,6 +140,28 @@ def test_impossible_mixtures_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         load_questions(config(*tasks), tokenizer)
+
+
+def test_the_options_of_a_task_are_those_of_reasoning_gym() -> None:
+    import reasoning_gym
+
+    for task in WRITERS:
+        known = {field.name for field in fields(reasoning_gym.factory.DATASETS[task][1])}
+        assert known - {"seed", "size"} == set(OPTIONS[task])
+
+
+def test_options_that_do_not_fit_together_are_named_with_their_task(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    with pytest.raises(ValueError, match=r"data\.tasks: options .*of chain_sum: max_terms must be >="):
+        load_questions(config(replace(EASY, options={"min_terms": 3, "max_terms": 2})), tokenizer)
+
+
+def test_an_empty_file_is_said_to_be_empty(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    (tmp_path / "none.jsonl").touch()
+    given = replace(config(EASY), train_file=str(tmp_path / "none.jsonl"))
+    with pytest.raises(ValueError, match=r"none\.jsonl is empty; expected questions, 53 of them"):
+        load_questions(given, tokenizer)
 
 
 def test_a_task_without_demonstrations_is_refused_by_name(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -79,6 +79,7 @@ def test_a_pass_rate_outside_the_unit_interval_is_refused(rate: float) -> None:
         ("switch", {"treshold": 0.1}, "unknown option 'treshold' of gate 'switch'; known: threshold"),
         ("linear", {"threshold": 0.1}, "known: none"),
         ("switch", {"threshold": "low"}, "must be a finite number"),
+        ("soft", {"threshold": 1.5}, "is a pass rate, expected 1 or below; got 1.5"),
         ("sigmoid", {"temperature": 0.0}, "temperature above 0"),
         ("inverse_mse", {"balance": 0.0}, "balance above 0"),
         ("three_zone", {"switch_gate": 0.5, "switch_gate_off": 0.2}, "switch_gate <= switch_gate_off"),
