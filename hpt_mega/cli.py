@@ -6,6 +6,7 @@ What a verb does lives in the module it calls; those are imported when the verb 
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import os
 import sys
@@ -19,6 +20,7 @@ from hpt_mega.checkpoint.command import add_directions
 from hpt_mega.checkpoint.manage import configure as configure_checkpoints
 from hpt_mega.config import ConfigError, compose
 from hpt_mega.dryrun.command import configure as configure_dryrun
+from hpt_mega.ending import CONFIG_ERROR, FAILED, concluded
 from hpt_mega.evaluation.command import configure as configure_eval
 from hpt_mega.lab.command import configure as configure_lab
 from hpt_mega.planning.command import configure as configure_plan
@@ -26,18 +28,23 @@ from hpt_mega.rewards.command import add_grade_options
 from hpt_mega.rewards.pool import KINDS
 from hpt_mega.rollout.serve import configure as configure_serve
 
-CONFIG_ERROR = 2  # exit code; argparse's own for a wrong command line
+__all__ = ["CONFIG_ERROR", "main"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb and return its exit code: 0 done, 1 failed, 2 refused."""
-    options = _parser().parse_args(arguments)
-    try:
-        code: int = options.run(options)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return CONFIG_ERROR
-    return code
+    options = _options(arguments)
+    return concluded(lambda: int(options.run(options)))
+
+
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = _parser()
+    options, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        takes = "; it takes KEY=VALUE, for instance " if hasattr(options, "overrides") else ""
+        example = "trainer.steps=5 or experiment=demo" if takes else ""
+        parser.error(f"hpt {options.verb}: unrecognized arguments: {' '.join(unknown)}{takes}{example}")
+    return options
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -48,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog="example: hpt train experiment=demo",
     )
     parser.add_argument("--version", action="version", version=f"hpt {version('hpt_mega')}")
-    verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
+    verbs = parser.add_subparsers(title="verbs", required=True, dest="verb", metavar="VERB")
 
     train = verbs.add_parser(
         "train",
@@ -71,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     report.add_argument("runs", type=Path, nargs="+", metavar="RUN_DIR")
     report.add_argument(
-        "--out", type=Path, metavar="DIR", help="of a comparison; default: the folder that holds them all"
+        "--out", type=Path, metavar="DIR", help="default: the run's folder; the one that holds all compared"
     )
     report.set_defaults(run=_report)
 
@@ -158,23 +165,30 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
-    folders: list[Path] = options.runs
-    if len(folders) == 1 and (folders[0] / "metrics.jsonl").is_file():
-        from hpt_mega.telemetry.report import write_report
-
-        print(write_report(folders[0]))
-        return 0
-
     from hpt_mega.telemetry.comparison import write_comparison
+    from hpt_mega.telemetry.records import DamagedFileError
+    from hpt_mega.telemetry.report import write_report
 
-    common = Path(os.path.commonpath([folder.absolute() for folder in folders]))
-    print(write_comparison(folders, options.out or common))
+    folders: list[Path] = options.runs
+    try:
+        if len(folders) == 1 and (folders[0] / "metrics.jsonl").is_file():
+            print(write_report(folders[0], options.out))
+        else:
+            common = Path(os.path.commonpath([folder.absolute() for folder in folders]))
+            print(write_comparison(folders, options.out or common))
+    except DamagedFileError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return FAILED
     return 0
 
 
 def _diagnose_gradient(options: argparse.Namespace) -> int:
     from hpt_mega.objective import diagnosis, rows
 
+    if options.out is not None:  # before minutes of work, whose result could not be written
+        options.out.mkdir(parents=True, exist_ok=True)
+        if not os.access(options.out, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(options.out))
     try:
         findings = [
             finding
@@ -194,7 +208,6 @@ def _diagnose_gradient(options: argparse.Namespace) -> int:
     table = diagnosis.table(findings)
     print(table, end="")
     if options.out is not None:
-        options.out.mkdir(parents=True, exist_ok=True)
         (options.out / "table.md").write_text(table)
         diagnosis.plot(findings, options.out / "plot.png")
     return 0

@@ -28,13 +28,22 @@ def writing_file(out: Path) -> Iterator[TextIO]:
     """
     aside = _aside(out)
     try:
-        with aside.open("w", encoding="utf-8") as file:
+        with _opened(aside, out) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         aside.replace(out)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def _opened(aside: Path, out: Path) -> TextIO:
+    """Raises OSError that names `out`, the file that was asked for."""
+    try:
+        return aside.open("w", encoding="utf-8")
+    except OSError as error:
+        error.filename = str(out)
+        raise
 
 
 def write_atomically(out: Path, text: str) -> None:

@@ -14,10 +14,11 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hpt_mega.arguments import at_least
+from hpt_mega.ending import FAILED, concluded
+
 if TYPE_CHECKING:
     from hpt_mega.checkpoint.convert import Progress, Summary
-
-FAILED = 1
 
 
 def add_directions(verb: argparse.ArgumentParser) -> None:
@@ -46,7 +47,7 @@ def configure_hf_to_megatron(parser: argparse.ArgumentParser) -> None:
         ("ep", "expert-parallel ranks"),
         ("etp", "tensor-parallel ranks of an expert"),
     ):
-        parser.add_argument(f"--{option}", type=_positive, default=1, metavar="N", help=meaning)
+        parser.add_argument(f"--{option}", type=at_least(1), default=1, metavar="N", help=meaning)
     _add_common(parser)
     parser.set_defaults(run=_hf_to_megatron)
 
@@ -71,14 +72,13 @@ def configure_megatron_to_hf(parser: argparse.ArgumentParser) -> None:
 def run_tool(parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None) -> int:
     """Run one direction as a program of its own."""
     options = parser.parse_args(arguments)
-    code: int = options.run(options)
-    return code
+    return concluded(lambda: int(options.run(options)))
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--processes",
-        type=_positive,
+        type=at_least(1),
         default=1,
         metavar="N",
         help="that share the work; each needs memory for the largest parameter (default: 1)",
@@ -89,12 +89,6 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="compare with transformers on a prompt (both models whole, in fp32)",
     )
-
-
-def _positive(text: str) -> int:
-    if not (number := int(text)) > 0:
-        raise argparse.ArgumentTypeError(f"{text} given, expected 1 or above")
-    return number
 
 
 def _hf_to_megatron(options: argparse.Namespace) -> int:

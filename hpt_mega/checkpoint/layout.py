@@ -51,6 +51,8 @@ class TargetLayout:
             problems.append(
                 f"--pp x --vpp is {self.pp * self.vpp} and the model has {shape.num_layers} layers"
             )
+        if self.vpp > 1 and self.pp == 1:
+            problems.append(f"--vpp is {self.vpp} and --pp is 1; an interleaved pipeline needs --pp above 1")
         if problems:
             raise ValueError("; ".join(problems))
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from hpt_mega.config import ConfigError
 
-DAMAGED = 1  # exit code
+NOT_WHOLE = 1  # exit code of verify: a checkpoint is damaged, or there is none
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -19,7 +19,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.description = "The checkpoints of a run: list them, verify their files, remove old ones."
     parser.epilog = (
         "example: hpt checkpoints list runs/demo; hpt checkpoints verify runs/demo (exit code 1 where one is "
-        "damaged); hpt checkpoints prune runs/demo --keep 1"
+        "damaged, or there is none); hpt checkpoints prune runs/demo --keep 1"
     )
     parser.add_argument("what", choices=("list", "verify", "prune"))
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR")
@@ -48,11 +48,12 @@ def _run(options: argparse.Namespace) -> int:
         line = f"step {step}: {gib:.2f} GiB in {len(files)} files, {written}"
         if options.what == "verify":
             found = damage(folder)
-            code = DAMAGED if found else code
+            code = NOT_WHOLE if found else code
             line += f"; damaged: {'; '.join(found)}" if found else "; whole"
         print(line)
     if not store.steps():
         print(f"{options.run_dir} has no checkpoints")
+        code = NOT_WHOLE if options.what == "verify" else 0
     return code
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 import time
@@ -16,10 +17,12 @@ from itertools import islice
 from pathlib import Path
 from typing import BinaryIO
 
+from hpt_mega.arguments import at_least
+from hpt_mega.ending import FAILED
 from hpt_mega.files import writing_file
 from hpt_mega.rewards.pool import KINDS, MEMORY_MIB, RewardPool
 
-FAILED = 1
+LEAST_MIB = 256  # of address space: with less a worker has none left beside its libraries
 CHUNK_LINES = 512  # graded at a time: bounds memory, and keeps all workers busy
 LINE_BYTES = 64 << 20
 
@@ -30,12 +33,28 @@ def add_grade_options(verb: argparse.ArgumentParser) -> None:
     """Give the verb's parser its options."""
     verb.add_argument("--file", type=Path, required=True, metavar="IN", help="JSON lines to grade")
     verb.add_argument("--out", type=Path, required=True, metavar="OUT", help="JSON lines, in the same order")
-    verb.add_argument("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes")
-    verb.add_argument("--deadline", type=float, default=5.0, metavar="S", help="seconds for an answer (5)")
     verb.add_argument(
-        "--memory-mib", type=int, default=MEMORY_MIB, metavar="M", help=f"of each process ({MEMORY_MIB})"
+        "--workers", type=at_least(1), default=os.cpu_count() or 1, metavar="N", help="processes"
+    )
+    verb.add_argument("--deadline", type=_seconds, default=5.0, metavar="S", help="seconds for an answer (5)")
+    verb.add_argument(
+        "--memory-mib",
+        type=at_least(LEAST_MIB),
+        default=MEMORY_MIB,
+        metavar="M",
+        help=f"of each process, {LEAST_MIB} or above ({MEMORY_MIB})",
     )
     verb.set_defaults(run=_grade)
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} given, expected seconds above 0")
+    return seconds
 
 
 def _grade(options: argparse.Namespace) -> int:

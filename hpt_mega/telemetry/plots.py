@@ -125,7 +125,7 @@ _CURVES = (
 
 def draw(records: Sequence[Record], folder: Path) -> list[Plot]:
     """Draw what the records have data for, replacing the PNG files in `folder`."""
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     for stale in folder.glob("*.png"):
         stale.unlink()
     plots = []

@@ -16,6 +16,10 @@ from hpt_mega.files import write_atomically
 Record = dict[str, Any]
 
 
+class DamagedFileError(ValueError):
+    """A file of a run that does not hold what was written into it; the message names it."""
+
+
 def append(path: Path, *records: Mapping[str, Any]) -> None:
     """Add the records; once this returns not even a power cut loses them."""
     with path.open("a", encoding="utf-8") as file:
@@ -27,8 +31,8 @@ def append(path: Path, *records: Mapping[str, Any]) -> None:
 def read(path: Path) -> list[Record]:
     """All records, none where the file is absent.
 
-    A last line without its end is left out: a kill tore it, or the run is writing it now. Raises ValueError
-    for any other line that is no JSON object.
+    A last line without its end is left out: a kill tore it, or the run is writing it now. Raises
+    DamagedFileError for any other line that is no JSON object.
     """
     if not path.is_file():
         return []
@@ -37,11 +41,25 @@ def read(path: Path) -> list[Record]:
         try:
             record = json.loads(line)
         except ValueError as error:
-            raise ValueError(f"{path}, line {number}: {error}; expected one JSON object a line") from error
+            raise DamagedFileError(
+                f"{path}, line {number}: {error}; expected one JSON object a line"
+            ) from error
         if not isinstance(record, dict):
-            raise ValueError(f"{path}, line {number}: expected a JSON object, got {line[:40]!r}")
+            raise DamagedFileError(f"{path}, line {number}: expected a JSON object, got {line[:40]!r}")
         records.append(record)
     return records
+
+
+def read_object(path: Path, *needed: str) -> Record:
+    """The JSON object that a file holds. Raises DamagedFileError where it is none, or lacks a needed key."""
+    try:
+        found = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise DamagedFileError(f"{path}: {error}; expected one JSON object") from error
+    if not isinstance(found, dict) or (lacking := [key for key in needed if key not in found]):
+        what = f"no {', '.join(lacking)}" if isinstance(found, dict) else f"a {type(found).__name__}"
+        raise DamagedFileError(f"{path} holds {what}; expected what the run has written")
+    return found
 
 
 def cut(path: Path, last_step: int) -> None:

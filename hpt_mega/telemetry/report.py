@@ -18,10 +18,10 @@ from hpt_mega.telemetry.summary import Summary, summarise
 from hpt_mega.telemetry.terminal import duration, percent, points
 
 
-def write_report(run_dir: Path) -> Path:
-    """Write RUN_DIR/report.html and RUN_DIR/plots/ from what the run left so far; returns the page's path.
+def write_report(run_dir: Path, out: Path | None = None) -> Path:
+    """Write report.html and plots/ from what the run left so far, into RUN_DIR or `out`; returns the page.
 
-    Raises ConfigError where config.yaml does not fit, ValueError where metrics.jsonl is damaged.
+    Raises ConfigError where config.yaml does not fit, DamagedFileError where another file is damaged.
     """
     config_path = run_dir / "config.yaml"
     cfg = load(config_path)
@@ -29,7 +29,7 @@ def write_report(run_dir: Path) -> Path:
     summary_path = run_dir / "summary.json"
     finished = summary_path.is_file()
     summary = Summary.load(summary_path) if finished else summarise(records, cfg)
-    drawn = {plot.name: plot for plot in plots.draw(records, run_dir / "plots")}
+    drawn = {plot.name: plot for plot in plots.draw(records, (out or run_dir) / "plots")}
     accuracy, time_by_phase = (drawn.pop(name, None) for name in ("accuracy", "time_by_phase"))
     parts = [
         _header(cfg, summary, finished),
@@ -40,7 +40,7 @@ def write_report(run_dir: Path) -> Path:
         _samples(read(run_dir / "samples.jsonl")),
         _config(config_path.read_text(encoding="utf-8"), summary if finished else None),
     ]
-    path = run_dir / "report.html"
+    path = (out or run_dir) / "report.html"
     write_atomically(path, page.page(_title(cfg), "\n".join(parts)))
     return path
 

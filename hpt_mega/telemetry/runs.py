@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from hpt_mega.config import ConfigError, flattened
-from hpt_mega.telemetry.records import Record, read
+from hpt_mega.telemetry.records import Record, read, read_object
 from hpt_mega.telemetry.summary import holds
 
+OF_A_RUN = ("metrics.jsonl", "summary.json")  # one of them is in the folder of any run that has begun
 LABEL, COUNTS = "label.json", "counts.json"
 ALGORITHM, GATE = "algorithm.name", "gate."
 IMPLIED = ("algorithm.options.", GATE)  # keys that come with an algorithm
@@ -33,7 +34,9 @@ class Counts:
 
     @staticmethod
     def load(path: Path) -> Counts | None:
-        return Counts(**json.loads(path.read_text())) if path.is_file() else None
+        if not path.is_file():
+            return None
+        return Counts(**read_object(path, *(field.name for field in fields(Counts))))
 
     def never_solved(self) -> list[str]:
         return [question for question, count in self.correct.items() if count == 0]
@@ -60,7 +63,16 @@ class Finished:
 
 
 def find(folders: Sequence[Path]) -> list[Finished]:
-    """All finished runs in and below the folders. Raises ConfigError where there are none."""
+    """All finished runs in and below the folders.
+
+    Raises ConfigError where there are none, or one of the folders holds not even a begun one;
+    DamagedFileError where a file of a run cannot be read.
+    """
+    for folder in folders:
+        if not folder.is_dir():
+            raise ConfigError(f"{folder}: no such folder; expected one of `hpt train`, or of several")
+        if len(folders) > 1 and not any(next(folder.rglob(name), None) for name in OF_A_RUN):
+            raise ConfigError(f"{folder} holds no run of `hpt train` ({' or '.join(OF_A_RUN)}); leave it out")
     found = sorted({path.parent for folder in folders for path in folder.rglob("summary.json")})
     homes = [home for home in found if not (home.parent / LABEL).is_file()]  # stages are parts
     homes = [home for home in homes if _has_ended(home)]
@@ -69,7 +81,7 @@ def find(folders: Sequence[Path]) -> list[Finished]:
         raise ConfigError(
             f"no finished run of `hpt train` (a folder with metrics.jsonl and summary.json) in {listed}"
         )
-    summaries = {home: json.loads((home / "summary.json").read_text()) for home in homes}
+    summaries = {home: read_object(home / "summary.json", "config", "seed") for home in homes}
     names = _names({home: summary["config"] for home, summary in summaries.items()})
     return [_load(home, summaries[home], names[home]) for home in homes]
 
@@ -122,7 +134,7 @@ def _load(home: Path, summary: dict[str, Any], name: str) -> Finished:
     if not (home / LABEL).is_file():
         model = Path(summary["config"]["model"]["path"])
         return Finished(method=name, cell=model.name, seed=summary["seed"], **common)
-    label = json.loads((home / LABEL).read_text())
+    label = read_object(home / LABEL, "base")
     base = Counts.load(home / label.pop("base"))
     return Finished(**label, base=base, **common)
 

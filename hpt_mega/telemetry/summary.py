@@ -9,14 +9,14 @@ import json
 import math
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from hpt_mega.config import Config
 from hpt_mega.files import write_atomically
-from hpt_mega.telemetry.records import Record
+from hpt_mega.telemetry.records import Record, read_object
 
 PHASES = ("rollout", "reward", "train", "sync", "eval", "checkpoint")
 ACCURACY = "eval/accuracy"
@@ -73,7 +73,9 @@ class Summary:
 
     @staticmethod
     def load(path: Path) -> Summary:
-        return Summary(**json.loads(path.read_text(encoding="utf-8")))
+        """Raises DamagedFileError where the file is no summary."""
+        found = read_object(path, *(field.name for field in fields(Summary)))
+        return Summary(**{field.name: found[field.name] for field in fields(Summary)})
 
 
 def holds(record: Record, metric: str) -> bool:

@@ -83,6 +83,7 @@ def test_each_rank_of_the_layout_has_a_file_of_about_equal_size(models: Path, tm
         (TargetLayout(tp=8), "4 key/value heads"),
         (TargetLayout(pp=4), "3 layers"),
         (TargetLayout(ep=2), "no experts"),
+        (TargetLayout(vpp=2), "--vpp is 2 and --pp is 1"),
     ],
 )
 def test_a_layout_that_cannot_be_is_refused(

@@ -14,7 +14,7 @@ import pytest
 from hpt_mega.cli import main
 from hpt_mega.config import ConfigError, compose, save
 from hpt_mega.telemetry.comparison import write_comparison
-from hpt_mega.telemetry.records import append
+from hpt_mega.telemetry.records import DamagedFileError, append
 from hpt_mega.telemetry.runs import COUNTS, LABEL, find, unfinished, unnamed
 from hpt_mega.telemetry.summary import summarise
 
@@ -201,5 +201,14 @@ def test_an_algorithm_s_name_will_do_where_it_tells_runs_apart_and_what_else_dif
 
 
 def test_a_folder_without_finished_runs_is_named(tmp_path: Path) -> None:
+    make(tmp_path / "mixed" / "a")
+    (tmp_path / "empty").mkdir()
+    for name, said in (("nosuch", "no such folder"), ("empty", "holds no run of `hpt train`")):
+        with pytest.raises(ConfigError, match=rf"{name}:? {said}"):
+            find([tmp_path / "mixed", tmp_path / name])
+    (tmp_path / "mixed" / "a" / "summary.json").write_text('{"seed": ')
+    with pytest.raises(DamagedFileError, match=r"a/summary\.json: .*expected one JSON object"):
+        find([tmp_path / "mixed"])
+    shutil.rmtree(tmp_path / "mixed")
     with pytest.raises(ConfigError, match=rf"no finished run .* in {tmp_path}"):
         write_comparison([tmp_path], tmp_path)

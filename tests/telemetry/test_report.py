@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hpt_mega.cli import main
 from hpt_mega.config import Config, ConfigError
 from hpt_mega.telemetry.plots import running_mean
 from hpt_mega.telemetry.report import write_report
@@ -175,6 +176,26 @@ def test_start_up_seconds_of_the_summary_are_in_the_table(cfg: Config, open_log:
     cells = re.findall(r"<td>([^<]*)</td>", (Path(cfg.run_dir) / "report.html").read_text())
     by_phase = {cells[i]: cells[i + 1] for i in range(len(cells) - 1)}
     assert (by_phase["eval"], by_phase["export"], by_phase["total"]) == ("7.0", "4.0", "20.5")
+
+
+def test_a_report_lies_where_it_is_asked_for_and_names_a_damaged_file(
+    cfg: Config, open_log: OpenLog, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log_whole_run(open_log())
+    run, out = Path(cfg.run_dir), tmp_path / "elsewhere" / "report"
+    (run / "report.html").unlink()
+    assert main(["report", str(run), "--out", str(out)]) == 0
+    assert (out / "report.html").is_file() and any((out / "plots").iterdir())
+    assert not (run / "report.html").exists()
+    metrics = run / "metrics.jsonl"
+    metrics.write_text(metrics.read_text().replace("{", "", 1))
+    capsys.readouterr()
+    for said in ("metrics.jsonl, line 1: ", "summary.json holds no "):
+        assert main(["report", str(run)]) == 1
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and said in error and error.count("\n") == 1
+        metrics.write_text("")
+        (run / "summary.json").write_text("{}")
 
 
 def test_a_folder_without_its_config_is_refused(tmp_path: Path) -> None:
