@@ -80,7 +80,7 @@ def test_the_default_config_and_every_algorithm_are_accepted(model_folder: MakeM
         (("gate.threshold=1.5",), "option threshold of gate 'switch' is a pass rate, expected 1 or below"),
         (
             ("data.tasks=[{name: gcd, options: {min_valu: 2}}]",),
-            "data.tasks.0.options: gcd has no option 'min_valu'; did you mean min_value? known: min_numbers",
+            "data.tasks.0.options: gcd has no option 'min_valu'; did you mean min_value?; known: min_numbers",
         ),
         (("model.path=",), "model.path is empty; set model.path to a Hugging Face folder"),
         (("optimizer.cpu_offload=1.5",), "optimizer.cpu_offload is 1.5, expected 0 to 1"),
@@ -281,10 +281,13 @@ def test_all_problems_are_listed_at_once(model_folder: MakeModel, tmp_path: Path
     assert "2. parallel.pp" in said
 
 
-def test_a_missing_model_tells_how_to_make_the_demo_model(tmp_path: Path) -> None:
-    said = problems(f"model.path={tmp_path}/absent")
+def test_a_missing_model_tells_how_to_make_the_demo_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    said = problems()
     assert "no such folder" in said
-    assert "tools/prepare_demo_model.py" in said
+    assert "tools/prepare_demo_model.py --out models/smollm2-135m-instruct" in said
 
 
 def test_a_model_folder_without_weights_is_refused(model_folder: MakeModel) -> None:
