@@ -483,7 +483,7 @@ def test_a_request_that_fails_everywhere_is_an_error_that_tells_each_failure() -
     second = fleet.deal(0.0)
     assert second is not None
     fleet.failed(second.engine, "killed", "", 0.0)
-    told = "failed 2 times:\n  ash: prompt too long\n  ash died: killed"
+    told = "failed 2 times:\n  ash: prompt too long\n  elm died: killed"
     assert fleet.hopeless() == {"q7": told}
     fleet.cancel(["q7"])
     assert fleet.deal(0.0) is None and fleet.unanswered() == set()
