@@ -73,9 +73,7 @@ def test_a_run_cut_short_goes_on_with_the_numbers_of_the_whole_one(
 
 def test_a_run_whose_reward_fails_on_every_response_stops_and_says_why(tmp_path: Path) -> None:
     said = train(tmp_path, "parallel=single", f"reward.kind={__name__}.broken", "trainer.steps=2", code=1)
-    assert (
-        "none of step 1's responses could be judged, one for this reason: LookupError: 'no case for " in said
-    )
+    assert "no response of step 1 could be judged, one because of: LookupError: no case for " in said
     assert [record["step"] for record in toy.metrics(tmp_path / "run")] == [0]
     samples = (tmp_path / "run" / "samples.jsonl").read_text().splitlines()
     assert samples and all(json.loads(line)["why"].startswith("LookupError: ") for line in samples)
