@@ -374,11 +374,15 @@ def read_yaml(path: Path, expected: str) -> DictConfig:
 
 
 def parse_settings(settings: Iterable[str]) -> DictConfig:
-    """The keys and values of KEY=VALUE settings. Raises ConfigError where a value cannot be read."""
+    """The keys and values of KEY=VALUE settings. Raises ConfigError where a value cannot be read.
+
+    A value is YAML's, but that KEY= is the empty text; null is written out.
+    """
     given = OmegaConf.create()
     for setting in settings:
         try:
-            given.merge_with_dotlist([setting])
+            key, _, value = setting.partition("=")
+            given.merge_with_dotlist([setting if value else f"{key}=''"])
         except (OmegaConfBaseException, YAMLError) as error:
             reason = " ".join(str(error).split())
             raise ConfigError(
@@ -530,6 +534,8 @@ def _explain(error: BaseException, schema: Any = Config) -> str:
         declared = _type_at(path, schema)
     except ConfigError:
         return f"{key}: {what}{did_you_mean(key, leaves(schema)) if is_dataclass(schema) else ''}"
+    if nested := re.match("Cannot convert '(?:dict|list|DictConfig|ListConfig)' to string: '(.*)'", what):
+        return f"{key}: got {nested[1]}, expected a text; quote it twice: '{key}=\"a: b\"'"
     return f"{key}: {what}; expected {_describe(declared)}"
 
 
@@ -557,4 +563,5 @@ def _describe(hint: Any) -> str:
     if get_origin(hint) is list:
         return "a list: [..., ...]"
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+    words |= {type(None): "null"}
     return words.get(hint) or ("a section with keys" if is_dataclass(hint) else str(hint))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -38,7 +39,8 @@ class Job:
 
     @property
     def command(self) -> str:
-        return " ".join(("hpt", self.verb, *self.settings))
+        """As it could be typed."""
+        return shlex.join(("hpt", self.verb, *self.settings))
 
 
 @dataclass(frozen=True)
@@ -185,7 +187,7 @@ def _evaluation(cfg: LabConfig, folder: Path, home: Path, overrides: Sequence[st
         "top_p=1.0",
         "template=plain",
         "kind=exact",
-        "published=''",
+        "published=",
         "precision.dtype=fp32",
         f"max_new_tokens={given.get('rollout.max_new_tokens', 64)}",
         "max_sequences=512",

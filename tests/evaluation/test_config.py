@@ -63,3 +63,13 @@ def test_every_key_of_a_section_has_the_trainers_name_and_default_and_reaches_th
     job = job_config(compose([*SETTINGS, "parallel.ep=2", "parallel.stage_layers=[3,4]"]))
     assert job.parallel == ParallelConfig(pp=1, dp=2, ep=2, stage_layers=[3, 4])
     assert job.precision.dtype == "fp32"
+
+
+def test_a_text_is_emptied_by_its_key_alone_and_one_that_yaml_takes_apart_is_named() -> None:
+    cfg = compose([*SETTINGS, "published=", "instruction=1+1="])
+    assert (cfg.published, cfg.instruction) == ("", "1+1=")
+    assert compose([*SETTINGS, "instruction='a: b'"]).instruction == "a: b"
+    with pytest.raises(ConfigError, match=r"instruction: got .*, expected a text; quote it twice: 'instr"):
+        compose([*SETTINGS, "instruction=a: b"])
+    with pytest.raises(ConfigError, match="k: Value '' of type 'str' could not be converted to Integer"):
+        compose([*SETTINGS, "k="])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from hpt_mega.evaluation.config import compose as compose_evaluation
 from hpt_mega.lab.config import LabConfig, keep, read
 from hpt_mega.lab.exercises import draw
 from hpt_mega.lab.grid import Run, base_models, runs
-from hpt_mega.lab.models import tokenizer
+from hpt_mega.lab.models import save, tokenizer
 
 WITHOUT_HPT = ("rl", "precision", "horizon", "demonstrations")  # as it stands
 COMPARES_METHODS = ("demonstrations", "horizon", "likelihood", "parts")  # ablations of more than HPT
@@ -117,6 +118,27 @@ def test_an_ablation_on_a_chosen_size_and_seed(tmp_path: Path, capsys: pytest.Ca
     names = [line for line in capsys.readouterr().out.splitlines() if line.startswith("# ")]
     variants = read("full").ablations["threshold"]
     assert names == ["# base llama_5m seed 20250904", *(f"# {name} llama_5m seed 2" for name in variants)]
+
+
+def test_every_printed_command_can_be_pasted_into_a_shell(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "my lab"
+    assert main(["lab", "--quick", "--out", str(out), "--dry-run"]) == 0
+    pasted = [
+        shlex.split(line) for line in capsys.readouterr().out.splitlines() if not line.startswith("#")
+    ]
+    grid = [*base_models(read("quick"), out), *runs(read("quick"), out, "methods")]
+    assert pasted == [["hpt", job.verb, *job.settings] for run in grid for job in run.jobs]
+    save(tmp_path / "model", "llama", "1m", 1)
+    (out / "data").mkdir(parents=True)
+    (out / "data" / "heldout.jsonl").write_text('{"prompt": "1+1?", "answer": "2"}\n')
+    monkeypatch.setattr("hpt_mega.launch.run", lambda *given: 0)
+    for settings in (words[2:] for words in pasted if words[1] == "eval"):
+        model = Path(settings[0].removeprefix("model="))
+        model.parent.mkdir(parents=True)
+        model.symlink_to(tmp_path / "model")
+        assert main(["eval", *settings]) == 0
 
 
 def test_a_folder_refuses_another_lab_s_settings_and_takes_more_seeds(tmp_path: Path) -> None:
