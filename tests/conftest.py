@@ -29,7 +29,11 @@ def model_folder(tmp_path: Path) -> Callable[..., Path]:
         folder = tmp_path / "model"
         folder.mkdir()
         default = {
+            "architectures": ["LlamaForCausalLM"],
             "model_type": "llama",
+            "hidden_size": 576,
+            "vocab_size": 49152,
+            "rms_norm_eps": 1e-5,
             "num_attention_heads": 9,
             "num_key_value_heads": 3,
             "num_hidden_layers": 30,

@@ -144,6 +144,22 @@ def test_widths_that_an_fp8_recipe_cannot_take_are_named(model_folder: MakeModel
     assert "intermediate_size / tp is 170.667" in problems(*given, "precision=fp8_delayed", "parallel.tp=9")
 
 
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [
+        ({"num_attention_heads": "nine"}, "num_attention_heads is 'nine'; expected a whole number"),
+        ({"num_hidden_layers": -2}, "num_hidden_layers is -2; expected a whole number"),
+        ({"num_attention_heads": 0}, "cannot be built: config.json: ZeroDivisionError"),
+        ({"rope_parameters": [1]}, "cannot be built: config.json: TypeError"),
+        ({"architectures": ["GPT2LMHeadModel"]}, "cannot be built: architectures is ['GPT2LMHeadModel']"),
+    ],
+)
+def test_a_model_that_cannot_be_built_is_refused_before_anything_starts(
+    shape: dict[str, object], expected: str, model_folder: MakeModel, tmp_path: Path
+) -> None:
+    assert expected in problems(f"model.path={model_folder(**shape)}", f"run_dir={tmp_path}/run")
+
+
 def test_a_finished_run_is_not_taken_for_one_of_other_settings(
     model_folder: MakeModel, tmp_path: Path
 ) -> None:

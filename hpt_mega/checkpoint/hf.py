@@ -238,7 +238,7 @@ def _weight_map(tensors: Mapping[str, Spec], shard_bytes: int) -> dict[str, str]
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The folder's config.json. Raises FileNotFoundError or ValueError that name it."""
+    """The folder's config.json, its sizes numbers. Raises FileNotFoundError or ValueError that name it."""
     path = folder / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{folder} holds no config.json; expected a Hugging Face model folder")
@@ -248,7 +248,19 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is no JSON: {error}") from None
     if not isinstance(config, dict):
         raise ValueError(f"{path} holds a {type(config).__name__}; expected a JSON object")
+    for key in _COUNTS:
+        value = config.get(key)
+        if value is not None and (type(value) is not int or value < 0):
+            raise ValueError(f"{path}: {key} is {value!r}; expected a whole number")
     return config
+
+
+_COUNTS = (
+    *("hidden_size", "intermediate_size", "moe_intermediate_size", "head_dim", "num_hidden_layers"),
+    *("num_attention_heads", "num_key_value_heads", "vocab_size", "max_position_embeddings"),
+    *("num_experts", "num_local_experts", "n_routed_experts", "num_experts_per_tok", "sliding_window"),
+    *("q_lora_rank", "kv_lora_rank", "num_nextn_predict_layers"),
+)
 
 
 def with_context(

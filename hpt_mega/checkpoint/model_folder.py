@@ -12,30 +12,34 @@ from typing import Any
 from hpt_mega.checkpoint.hf import HFCheckpoint, read_config
 from hpt_mega.checkpoint.megatron_folder import companions_for, is_megatron, iteration_folder
 from hpt_mega.config import ModelConfig
+from hpt_mega.resharding.mapping import family_for
 
 
-def read_model(model: ModelConfig) -> tuple[Mapping[str, Any], list[str]]:
-    """The model's config.json (empty where unreadable) and what is wrong with its folders."""
-    how = "set model.path to a Hugging Face folder, or a Megatron checkpoint"
+def read_model(model: ModelConfig, key: str = "model.path") -> tuple[Mapping[str, Any], list[str]]:
+    """The model's config.json (empty where it cannot be used) and what is wrong with its folders.
+
+    `key` is what messages call model.path.
+    """
+    how = f"set {key} to a Hugging Face folder, or a Megatron checkpoint"
     if not model.path.strip():
-        return {}, [f"model.path is empty; {how}"]
+        return {}, [f"{key} is empty; {how}"]
     folder = Path(model.path)
     if model.path == ModelConfig.path:
         how = f"make the demo's model by `python tools/prepare_demo_model.py --out {model.path}`, or {how}"
     if not folder.is_dir():
-        return {}, [f"model.path={folder}: no such folder (looked for {folder.absolute()}); {how}"]
+        return {}, [f"{key}={folder}: no such folder (looked for {folder.absolute()}); {how}"]
     if is_megatron(folder):
         return _read_megatron(model)
     if model.hf:
         return {}, [f"model.hf={model.hf} and model.path={folder} is no Megatron checkpoint; leave it out"]
-    shape, problems = _read_companions("model.path", folder, how)
+    shape, problems = _read_companions(key, folder, how)
     if not any(folder.glob("*.safetensors")):
-        problems.append(f"model.path={folder} holds no *.safetensors; {how}")
+        problems.append(f"{key}={folder} holds no *.safetensors; {how}")
     elif shape:
         try:
             HFCheckpoint(folder)  # reads the files' headers: is one cut off, or missing?
         except (OSError, ValueError) as error:
-            problems.append(f"model.path: {error}")
+            problems.append(f"{key}: {error}")
     return shape, problems
 
 
@@ -55,6 +59,15 @@ def _read_companions(name: str, folder: Path, how: str) -> tuple[Mapping[str, An
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
         problems.append(f"{name}={folder} holds no tokenizer.json; {how}")
     try:
-        return read_config(folder), problems
+        config = read_config(folder)
     except (OSError, ValueError) as error:
         return {}, [*problems, f"{name}: {error}; {how}"]
+    try:
+        family_for(config).read_shape(config)
+    except (ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError) as error:
+        return {}, [*problems, f"{name}={folder} cannot be built: {_said(error)}"]
+    return config, problems
+
+
+def _said(error: Exception) -> str:
+    return str(error) if isinstance(error, ValueError) else f"config.json: {type(error).__name__}: {error}"
