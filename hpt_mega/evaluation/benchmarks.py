@@ -51,11 +51,23 @@ class Benchmark:
 
 def load_benchmarks(cfg: EvalConfig, tokenizer: Any) -> list[Benchmark]:
     """The benchmarks of the config in order. Raises ConfigError where one cannot be had."""
-    loaded = [_load(name, cfg, tokenizer) for name in cfg.benchmarks]
-    names = [benchmark.name for benchmark in loaded]
-    if twice := {name for name in names if names.count(name) > 1}:
-        raise ConfigError(f"benchmarks: {', '.join(sorted(twice))} is named twice; name each once")
-    return loaded
+    return [_load(name, cfg, tokenizer) for name in cfg.benchmarks]
+
+
+def problems(cfg: EvalConfig) -> Iterator[str]:
+    """What is wrong with `benchmarks`, as far as it can be told without their questions."""
+    names = []
+    for entry in cfg.benchmarks:
+        try:
+            name, config = describe(entry, cfg)
+            names.append(name)
+            _check_kind(config.kind, name)
+            if config.source.startswith(GYM):
+                _check_task(config.source.removeprefix(GYM))
+        except (ConfigError, ImportError) as error:
+            yield str(error)
+    for name in dict.fromkeys(name for name in names if names.count(name) > 1):
+        yield f"benchmarks: {name} is named twice; name each once"
 
 
 def describe(name: str, cfg: EvalConfig) -> tuple[str, BenchmarkConfig]:
@@ -98,7 +110,7 @@ def _load(entry: str, cfg: EvalConfig, tokenizer: Any) -> Benchmark:
             f"benchmark {name}: {len(absent)} questions of {config.source} have no answer, the first is "
             f"number {absent[0] + 1}; name the column of the answers, as in columns.answer=solution"
         )
-    kind = _kind(config.kind, records, name)
+    kind = _kind(config.kind, records)
     asked = [_as_asked(record, cfg, tokenizer) for record in records]
     questions = [
         Question(
@@ -122,19 +134,28 @@ def _records(config: BenchmarkConfig, cfg: EvalConfig) -> Iterator[Record]:
     import reasoning_gym
 
     task = config.source.removeprefix(GYM)
-    if task not in reasoning_gym.factory.DATASETS:
-        near = did_you_mean(task, reasoning_gym.factory.DATASETS)
-        raise ValueError(f"reasoning-gym has no task {task!r}{near}")
     size = cfg.questions or GYM_QUESTIONS
     for entry in reasoning_gym.create_dataset(task, seed=cfg.seed, size=size, **config.options):
         yield Record(prompt=entry["question"].strip(), answer=str(entry["answer"]))
 
 
-def _kind(kind: str, records: list[Record], name: str) -> str:
-    if kind == "auto":
-        are_letters = all(re.fullmatch(rf"\(?[{LETTERS}]\)?\.?", r.answer.strip()) for r in records)
-        return "choice" if are_letters else "math"
-    if not is_kind(kind):
+def _check_task(task: str) -> None:
+    import reasoning_gym
+
+    if task not in reasoning_gym.factory.DATASETS:
+        near = did_you_mean(task, reasoning_gym.factory.DATASETS)
+        raise ConfigError(f"benchmarks: reasoning-gym has no task {task!r}{near}")
+
+
+def _kind(kind: str, records: list[Record]) -> str:
+    if kind != "auto":
+        return kind
+    are_letters = all(re.fullmatch(rf"\(?[{LETTERS}]\)?\.?", r.answer.strip()) for r in records)
+    return "choice" if are_letters else "math"
+
+
+def _check_kind(kind: str, name: str) -> None:
+    if kind != "auto" and not is_kind(kind):
         raise ConfigError(
             f"benchmark {name}: kind is {kind!r}, expected auto, {', '.join(KINDS)}, or MODULE.FUNCTION"
         )
@@ -143,7 +164,6 @@ def _kind(kind: str, records: list[Record], name: str) -> str:
             load_function(kind)
         except ValueError as error:
             raise ConfigError(f"benchmark {name}: kind {error}") from error
-    return kind
 
 
 def _as_asked(record: Record, cfg: EvalConfig, tokenizer: Any) -> str:

@@ -6,6 +6,7 @@ The evaluation itself is worker.py.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
@@ -15,11 +16,11 @@ from typing import Any
 
 from hpt_mega.config import ConfigError
 from hpt_mega.config import leaves as key_names
-from hpt_mega.evaluation.config import EvalConfig, check_resumable, compose, load
+from hpt_mega.evaluation.config import CONFIG, LONGEST_RESPONSE, EvalConfig, check_folder, compose
 
 WORKER = "hpt_mega.evaluation.worker"
 AT_LEAST_ZERO = "k questions temperature"
-AT_LEAST_ONE = "max_new_tokens max_sequences questions_per_batch reward.workers reward.memory_mib"
+AT_LEAST_ONE = "max_sequences questions_per_batch reward.workers reward.memory_mib"
 ABOVE_ZERO = (
     "deadline_s reward.deadline_s server.kv_cache_gib server.gpu_memory_share server.start_deadline_s top_p"
 )
@@ -36,7 +37,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "example: hpt eval model=models/smollm2-135m-instruct benchmarks=[gsm_symbolic] k=4 questions=40 "
         "max_new_tokens=256; hpt eval model=PATH benchmarks=[aime24,math500,data/GPQA/test.json] k=32 "
         "template=qwen_math; benchmarks are names of conf/benchmark, files .json, .jsonl or .parquet, "
-        "hf:OWNER/NAME or reasoning_gym:TASK"
+        "hf:OWNER/NAME or reasoning_gym:TASK; without max_new_tokens a response has the positions that the "
+        f"longest prompt leaves it, at most {LONGEST_RESPONSE}"
     )
     names = ", ".join(key_names(EvalConfig))
     parser.add_argument("settings", nargs="*", metavar="KEY=VALUE", help=names)
@@ -45,15 +47,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def _run(options: argparse.Namespace) -> int:
     cfg = compose(options.settings)
-    config_path = Path(cfg.run_dir) / "config.yaml"
     validate(cfg)
-    if config_path.is_file():
-        check_resumable(cfg, load(config_path))
+    check_folder(cfg)
 
     from hpt_mega.evaluation.engines import job_config
     from hpt_mega.launch import run
 
-    return run(cfg, config_path, WORKER, job_config(cfg).parallel.world_size)
+    return run(cfg, Path(cfg.run_dir) / CONFIG, WORKER, job_config(cfg).parallel.world_size)
 
 
 def validate(cfg: EvalConfig) -> None:
@@ -65,10 +65,12 @@ def validate(cfg: EvalConfig) -> None:
 
 
 def _problems(cfg: EvalConfig) -> Iterator[str]:
+    from hpt_mega.data.files import HUB, is_data
     from hpt_mega.data.templates import TEMPLATES
-    from hpt_mega.evaluation.benchmarks import describe
+    from hpt_mega.evaluation import benchmarks
     from hpt_mega.evaluation.engines import ENGINES
     from hpt_mega.evaluation.published import PUBLISHED
+    from hpt_mega.validation.data import known_file
     from hpt_mega.validation.values import PRECISIONS
 
     for key, known in (
@@ -82,32 +84,35 @@ def _problems(cfg: EvalConfig) -> Iterator[str]:
     yield from _numbers(cfg)
     if cfg.temperature == 0 and not cfg.greedy:
         yield "temperature is 0 and greedy is false; nothing is left to ask"
-    for name in cfg.benchmarks:
-        try:
-            describe(name, cfg)
-        except ConfigError as error:
-            yield str(error)
+    yield from benchmarks.problems(cfg)
+    for file in cfg.training_data:
+        if is_data(file):
+            yield from known_file("training_data", file)
+        else:
+            yield f"training_data: {file!r}: expected files .jsonl, .json or .parquet, or {HUB}OWNER/NAME"
     yield from _model(cfg)
 
 
 def _model(cfg: EvalConfig) -> Iterator[str]:
-    from hpt_mega.checkpoint.hf import read_config
+    from hpt_mega.checkpoint.megatron_folder import is_megatron
+    from hpt_mega.checkpoint.model_folder import read_model
+    from hpt_mega.config import ModelConfig
 
-    try:
-        model = read_config(Path(cfg.model))
-    except (OSError, ValueError) as error:
-        yield f"model: {error}"
-        return
-    positions = model.get("max_position_embeddings") or 0
-    if not positions and cfg.engine == "vllm":
+    if is_megatron(Path(cfg.model)):
         yield (
-            f"model={cfg.model} has no max_position_embeddings in config.json, and engine=vllm is started "
-            "for so many; add it"
+            f"model={cfg.model} is a Megatron checkpoint; expected a Hugging Face folder, which "
+            "`hpt convert megatron-to-hf` makes of it"
         )
-    if 0 < positions <= cfg.max_new_tokens:
+        return
+    model, problems = read_model(ModelConfig(path=cfg.model), "model")
+    yield from problems
+    if not model:
+        return
+    positions = model["max_position_embeddings"]
+    if cfg.max_new_tokens is not None and positions <= cfg.max_new_tokens:
         yield (
             f"max_new_tokens is {cfg.max_new_tokens} and the model has {positions} positions for prompt "
-            "and response; lower it"
+            "and response; lower it, or leave it out"
         )
     yield from _layout(cfg, model)
 
@@ -124,6 +129,12 @@ def _numbers(cfg: EvalConfig) -> Iterator[str]:
         for key in keys.split():
             if not fits(value := attrgetter(key)(cfg)):
                 yield f"{key} is {value}, expected {expected}"
+            elif not math.isfinite(value):
+                yield f"{key} is {value}, expected a number"
+    if cfg.max_new_tokens is not None and cfg.max_new_tokens < 1:
+        yield f"max_new_tokens is {cfg.max_new_tokens}, expected 1 or above, or null"
+    if not 0 < cfg.level < 1:
+        yield f"level is {cfg.level}, expected above 0 and below 1, such as 0.95"
 
 
 def _sizes(cfg: EvalConfig) -> dict[str, int]:

@@ -6,7 +6,7 @@ What a benchmark is lives in benchmarks.py; what the questions are asked with in
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from omegaconf import DictConfig
@@ -14,6 +14,8 @@ from omegaconf import DictConfig
 from hpt_mega.config import ColumnsConfig, ConfigError, changes, fit, parse_settings, read_yaml
 from hpt_mega.config import leaves as key_names
 from hpt_mega.suggestion import did_you_mean
+
+LONGEST_RESPONSE = 8192  # tokens, where no number is given
 
 
 @dataclass
@@ -62,7 +64,8 @@ class EvalConfig:
     greedy: bool = True  # one greedy response a question besides
     temperature: float = 0.6
     top_p: float = 0.95
-    max_new_tokens: int = 8192
+    # null: what the longest prompt leaves of the model's positions, at most LONGEST_RESPONSE
+    max_new_tokens: int | None = None
     questions: int = 0  # of each benchmark, the first ones; 0: all
     template: str = "chat"  # the tokenizer's, or qwen_math, llama_base, plain
     instruction: str = ""  # the system message
@@ -87,6 +90,7 @@ class EvalConfig:
     run_dir: str = "runs/eval"
 
 
+CONFIG, RESPONSES = "config.yaml", "responses.jsonl"  # in run_dir
 # What may differ between a run and its resumption without changing a response.
 FREE_TO_CHANGE = ("run_dir", "deadline_s", "level", "published", "training_data", "training_columns")
 # Sections that were the trainer's own once; an evaluation read no more of them than they hold now.
@@ -120,8 +124,33 @@ def load(path: Path) -> EvalConfig:
     return fit(EvalConfig, str(path), given)
 
 
+def check_folder(cfg: EvalConfig) -> None:
+    """Raise ConfigError unless run_dir is free, the same evaluation's, or one's without a response yet."""
+    if not cfg.run_dir:
+        raise ConfigError("run_dir is empty; expected a folder of the evaluation's own, such as runs/eval")
+    folder = Path(cfg.run_dir)
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"run_dir={folder} is a file; choose another folder")
+    if not (folder / CONFIG).is_file():
+        # beside what other ranks have just begun to write
+        if folder.is_dir() and any(one.name != "logs" and one.name[0] != "." for one in folder.iterdir()):
+            raise ConfigError(
+                f"run_dir={folder} holds files of no evaluation; choose a new folder, such as {folder}/eval"
+            )
+        return
+    if "trainer" in read_yaml(folder / CONFIG, "the config.yaml of an evaluation"):
+        raise ConfigError(
+            f"run_dir={folder} holds a run of hpt train; choose another folder, such as {folder}/eval"
+        )
+    earlier = load(folder / CONFIG)
+    if (responses := folder / RESPONSES).is_file() and responses.stat().st_size:
+        check_resumable(cfg, earlier)
+
+
 def check_resumable(cfg: EvalConfig, earlier: EvalConfig) -> None:
     """Raise ConfigError where a folder's responses were made with settings that would give others."""
+    if cfg.max_new_tokens is None and earlier.max_new_tokens == LONGEST_RESPONSE:
+        earlier = replace(earlier, max_new_tokens=None)  # the default of before
     if changed := changes(earlier, cfg, FREE_TO_CHANGE):
         raise ConfigError(
             f"run_dir={cfg.run_dir} holds responses of another evaluation ({'; '.join(changed)}); "

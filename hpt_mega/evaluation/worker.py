@@ -12,18 +12,19 @@ import time
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoTokenizer
 
+from hpt_mega.checkpoint.hf import read_config
 from hpt_mega.config import ConfigError
 from hpt_mega.data.templates import stop_tokens
 from hpt_mega.evaluation import tables
 from hpt_mega.evaluation.benchmarks import Benchmark, contamination, load_benchmarks
-from hpt_mega.evaluation.config import EvalConfig, load
+from hpt_mega.evaluation.config import LONGEST_RESPONSE, RESPONSES, EvalConfig, load
 from hpt_mega.evaluation.engines import ENGINES, job_config
 from hpt_mega.evaluation.journal import GREEDY, SAMPLED, Graded, Journal
 from hpt_mega.evaluation.results import results
@@ -100,6 +101,7 @@ class Evaluator:
 
     def _answer(self, batch: Batch) -> list[tuple[Graded, str]]:
         sampled = batch.mode == SAMPLED
+        assert self.cfg.max_new_tokens is not None
         sampling = SamplingParams(
             n=batch.samples,
             max_new_tokens=self.cfg.max_new_tokens,
@@ -155,14 +157,15 @@ def evaluate(cfg: EvalConfig, layout: Layout, timer: PhaseTimer) -> None:
     """A whole evaluation, begun or resumed, to its results and tables in run_dir."""
     run_dir = Path(cfg.run_dir)
     started = time.monotonic()
-    journal = Journal(run_dir / "responses.jsonl") if layout.rank == 0 else None
+    journal = Journal(run_dir / RESPONSES) if layout.rank == 0 else None
     reward = cfg.reward
     with ExitStack() as stack:
         with timer.phase("load"):
             tokenizer = AutoTokenizer.from_pretrained(cfg.model)
             benchmarks = load_benchmarks(cfg, tokenizer)
+            cfg = replace(cfg, max_new_tokens=longest_response(cfg, benchmarks))
             if journal is not None:
-                _keep_asked(run_dir / ASKED, Path(cfg.model), benchmarks)
+                _keep_asked(run_dir / ASKED, Path(cfg.model), benchmarks, bool(journal.graded))
             engine = stack.enter_context(ENGINES[cfg.engine](cfg, layout))
         rewards = None
         if layout.is_leader:
@@ -181,14 +184,30 @@ def evaluate(cfg: EvalConfig, layout: Layout, timer: PhaseTimer) -> None:
             _write(run_dir, found, cfg.published)
 
 
-def _keep_asked(file: Path, model: Path, benchmarks: Sequence[Benchmark]) -> None:
-    """Note what the responses beside the file answer. Raises ConfigError where others are noted there."""
+def longest_response(cfg: EvalConfig, benchmarks: Sequence[Benchmark]) -> int:
+    """In tokens. Raises ConfigError where the longest prompt leaves none of the model's positions."""
+    if cfg.max_new_tokens is not None:
+        return cfg.max_new_tokens
+    positions: int = read_config(Path(cfg.model))["max_position_embeddings"]
+    longest = max((q for one in benchmarks for q in one.questions), key=lambda q: len(q.prompt_tokens))
+    left = positions - len(longest.prompt_tokens)
+    if left < 1:
+        raise ConfigError(
+            f"{longest.id} is a prompt of {len(longest.prompt_tokens)} tokens and the model has {positions} "
+            "positions for prompt and response; leave that benchmark out"
+        )
+    return min(left, LONGEST_RESPONSE)
+
+
+def _keep_asked(file: Path, model: Path, benchmarks: Sequence[Benchmark], has_responses: bool) -> None:
+    """Note what the responses beside the file answer. Raises ConfigError where they answer something
+    else."""
     files = [(path.name, path.stat()) for path in sorted(model.glob("*.safetensors"))]
     asked: dict[str, Any] = {"weights": [[name, stat.st_size, stat.st_mtime_ns] for name, stat in files]}
     for benchmark in benchmarks:
         told = [[q.id, q.prompt_tokens, q.answer] for q in benchmark.questions]
         asked[f"questions of {benchmark.name}"] = hashlib.sha256(json.dumps(told).encode()).hexdigest()
-    noted = json.loads(file.read_text()) if file.is_file() else asked
+    noted = json.loads(file.read_text()) if has_responses and file.is_file() else asked
     if changed := [what for what in noted if noted[what] != asked.get(what)]:
         raise ConfigError(
             f"{file.parent} holds responses from before the {' and the '.join(changed)} changed; "

@@ -49,11 +49,12 @@ def files(cfg: Config) -> Iterator[str]:
     files |= {f"data.mixture.{i}.file": part.file for i, part in enumerate(cfg.data.mixture)}
     for key, file in files.items():
         if file and not is_prepared(file):
-            yield from _file(key, file)
+            yield from known_file(key, file)
     yield from _debug(cfg)
 
 
-def _file(key: str, file: str) -> Iterator[str]:
+def known_file(key: str, file: str) -> Iterator[str]:
+    """Whether a file of questions is there, or can be asked of the hub."""
     if not is_data(file):
         yield (
             f"{key}={file}: expected a file .jsonl, .json or .parquet, {HUB}OWNER/NAME, or a folder of "

@@ -10,7 +10,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from hpt_mega.config import ColumnsConfig, ConfigError, conf_dir
-from hpt_mega.evaluation.benchmarks import describe, load_benchmarks
+from hpt_mega.evaluation.benchmarks import describe, load_benchmarks, problems
 from hpt_mega.evaluation.config import EvalConfig
 from hpt_mega.evaluation.published import COLUMNS
 from tests.data.byte_tokenizer import byte_tokenizer
@@ -69,10 +69,9 @@ def test_a_generated_task_is_the_same_for_a_seed(tokenizer: PreTrainedTokenizerF
     )
     assert first == again != other
     assert first.k == 8 and first.kind == "math" and len(first.questions) == 3
-    with pytest.raises(ConfigError, match="reasoning-gym has no task 'chess'"):
-        load_benchmarks(cfg("reasoning_gym:chess"), tokenizer)
-    with pytest.raises(ConfigError, match=r"no task 'gsm_symbolc'; did you mean gsm_symbolic\?"):
-        load_benchmarks(cfg("reasoning_gym:gsm_symbolc"), tokenizer)
+    unknown = list(problems(cfg("reasoning_gym:chess", "reasoning_gym:gsm_symbolc")))
+    assert unknown[0] == "benchmarks: reasoning-gym has no task 'chess'"
+    assert unknown[1].endswith("has no task 'gsm_symbolc'; did you mean gsm_symbolic?")
 
 
 def test_every_suite_of_the_paper_has_a_config_with_its_number_of_samples() -> None:
@@ -82,8 +81,9 @@ def test_every_suite_of_the_paper_has_a_config_with_its_number_of_samples() -> N
     assert {path.stem for path in (conf_dir() / "benchmark").glob("*.yaml")} >= set(COLUMNS)
 
 
-def test_one_benchmark_twice_is_refused(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+def test_one_benchmark_twice_and_an_unknown_kind_are_refused(tmp_path: Path) -> None:
     paths = [write(tmp_path / name / "test.json", {"prompt": "a", "answer": "1"}) for name in "ab"]
-    load_benchmarks(cfg(*paths), tokenizer)
-    with pytest.raises(ConfigError, match="a is named twice"):
-        load_benchmarks(cfg(paths[0], paths[0]), tokenizer)
+    assert list(problems(cfg(*paths))) == []
+    assert list(problems(cfg(*paths, paths[0]))) == ["benchmarks: a is named twice; name each once"]
+    (unknown,) = problems(cfg(paths[0], kind="foo"))
+    assert unknown.startswith("benchmark a: kind is 'foo', expected auto, math, choice, exact")

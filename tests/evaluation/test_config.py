@@ -46,6 +46,7 @@ def test_a_kept_config_is_loaded_as_it_was(tmp_path: Path) -> None:
 
 def test_what_cannot_change_a_response_is_free_on_resumption() -> None:
     cfg = compose(SETTINGS)
+    check_resumable(cfg, compose([*SETTINGS, "max_new_tokens=8192"]))  # the default of before
     check_resumable(cfg, compose([*SETTINGS, "run_dir=b", "level=0.9", "training_columns.prompt=p"]))
     with pytest.raises(ConfigError, match=r"\(parallel\.dp was 4, is 2; seed was 1, is 1234\)"):
         check_resumable(cfg, compose([*SETTINGS, "parallel.dp=4", "seed=1"]))

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from hpt_mega.cli import CONFIG_ERROR, main
+from hpt_mega.config import Config, ConfigError, save
+from hpt_mega.evaluation.benchmarks import load_benchmarks
+from hpt_mega.evaluation.config import RESPONSES, EvalConfig
+from hpt_mega.evaluation.worker import longest_response
 from tests.data.byte_tokenizer import byte_tokenizer
 from tests.megatron.tiny import save_llama
 
@@ -128,6 +134,14 @@ def check_outputs(run_dir: Path) -> None:
             "set only parallel.dp above 1",
         ),
         (["benchmarks=[aime24]", "reward.workers=0"], "reward.workers is 0, expected 1 or above"),
+        (["benchmarks=[aime24]", "temperature=nan"], "temperature is nan, expected 0 or above"),
+        (["benchmarks=[aime24]", "temperature=inf"], "temperature is inf, expected a number"),
+        (["benchmarks=[aime24]", "deadline_s=-1"], "deadline_s is -1.0, expected above 0"),
+        (["benchmarks=[aime24]", "level=95"], "level is 95.0, expected above 0 and below 1"),
+        (["benchmarks=[aime24]", "max_new_tokens=0"], "max_new_tokens is 0, expected 1 or above, or null"),
+        (["benchmarks=[aime24]", "training_data=[no.jsonl]"], "training_data=no.jsonl: no such file"),
+        (["benchmarks=[aime24]", "training_data=[no.txt]"], "training_data: 'no.txt': expected files .jsonl"),
+        (["benchmarks=[aime24]", "run_dir="], "run_dir is empty; expected a folder"),
         (["benchmarks=[aime24]", "k=-1"], "k is -1, expected 0 or above"),
         (["benchmarks=[aime24]", "top_p=0"], "top_p is 0.0, expected above 0"),
         (["benchmarks=[aime24]", "max_tokens=4"], "unknown key max_tokens; did you mean max_new_tokens"),
@@ -158,7 +172,10 @@ def test_an_impossible_evaluation_is_refused_before_it_starts(
         (None, "holds no config.json; expected a Hugging Face model folder"),
         ("{", "config.json is no JSON"),
         ("[]", "config.json holds a list; expected a JSON object"),
-        ("{}", "has no max_position_embeddings in config.json, and engine=vllm"),
+        ("{}", "cannot be built: architectures is [] in the model's config.json; known: LlamaForCausalLM"),
+        ('{"num_attention_heads": "nine"}', "num_attention_heads is 'nine'; expected a whole number"),
+        ('{"architectures": ["GPT2LMHeadModel"]}', "architectures is ['GPT2LMHeadModel'] in the model's"),
+        ('{"architectures": "LlamaForCausalLM"}', "cannot be built: architectures is LlamaForCausalLM"),
     ],
 )
 def test_a_model_whose_config_cannot_be_used_is_refused_before_it_starts(
@@ -169,3 +186,55 @@ def test_a_model_whose_config_cannot_be_used_is_refused_before_it_starts(
     settings = [f"model={tmp_path}", f"run_dir={tmp_path / 'run'}", "benchmarks=[aime24]", "engine=vllm"]
     assert main(["eval", *settings]) == CONFIG_ERROR
     assert expected in capsys.readouterr().err
+
+
+def test_weights_that_are_cut_off_are_refused_before_anything_starts(
+    model: Path, benchmark: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cut = shutil.copytree(model, tmp_path / "cut")
+    weights = cut / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    settings = [f"benchmarks=[{benchmark}]", f"run_dir={tmp_path / 'run'}"]
+    assert main(["eval", f"model={cut}", *settings]) == CONFIG_ERROR
+    assert "the file is cut off: copy it again" in capsys.readouterr().err
+
+
+def test_a_folder_is_taken_by_an_evaluation_once_it_holds_responses_and_never_from_something_else(
+    model: Path,
+    benchmark: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def begin(config: EvalConfig, path: Path, *_: object) -> int:
+        save(config, path)
+        return 1
+
+    monkeypatch.setattr("hpt_mega.launch.run", begin)
+    run_dir = tmp_path / "run"
+    settings = ["eval", f"model={model}", f"benchmarks=[{benchmark}]", f"run_dir={run_dir}"]
+    assert main([*settings, "k=2"]) == 1
+    assert main([*settings, "k=3"]) == 1  # the first attempt answered nothing
+    (run_dir / RESPONSES).write_text("{}\n")
+    assert main([*settings, "k=4"]) == CONFIG_ERROR
+    assert "holds responses of another evaluation (k was 3, is 4)" in capsys.readouterr().err
+    assert main([*settings, "k=3"]) == 1
+    save(Config(), run_dir / "config.yaml")
+    assert main([*settings, "k=3"]) == CONFIG_ERROR
+    assert "holds a run of hpt train; choose another folder" in capsys.readouterr().err
+    (run_dir / "config.yaml").unlink()
+    assert main([*settings, "k=3"]) == CONFIG_ERROR
+    assert "holds files of no evaluation" in capsys.readouterr().err
+
+
+def test_without_a_number_a_response_has_what_the_longest_prompt_leaves_of_the_positions(
+    model: Path, benchmark: Path
+) -> None:
+    cfg = EvalConfig(model=str(model), benchmarks=[str(benchmark)])
+    benchmarks = load_benchmarks(cfg, byte_tokenizer())
+    longest = max(len(question.prompt_tokens) for question in benchmarks[0].questions)
+    assert longest_response(cfg, benchmarks) == 512 - longest
+    assert longest_response(replace(cfg, max_new_tokens=24), benchmarks) == 24
+    question = replace(benchmarks[0].questions[0], prompt_tokens=(1,) * 512)
+    with pytest.raises(ConfigError, match="is a prompt of 512 tokens and the model has 512 positions"):
+        longest_response(cfg, [replace(benchmarks[0], questions=[question])])

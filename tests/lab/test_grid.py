@@ -125,9 +125,7 @@ def test_every_printed_command_can_be_pasted_into_a_shell(
 ) -> None:
     out = tmp_path / "my lab"
     assert main(["lab", "--quick", "--out", str(out), "--dry-run"]) == 0
-    pasted = [
-        shlex.split(line) for line in capsys.readouterr().out.splitlines() if not line.startswith("#")
-    ]
+    pasted = [shlex.split(line) for line in capsys.readouterr().out.splitlines() if not line.startswith("#")]
     grid = [*base_models(read("quick"), out), *runs(read("quick"), out, "methods")]
     assert pasted == [["hpt", job.verb, *job.settings] for run in grid for job in run.jobs]
     save(tmp_path / "model", "llama", "1m", 1)
