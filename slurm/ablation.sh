@@ -7,10 +7,18 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --signal=B:USR1@300
+: "${HPT_ROOT:=${SLURM_SUBMIT_DIR:-$PWD}}"
 # shellcheck source=slurm/common.sh
-source "${HPT_ROOT:-${SLURM_SUBMIT_DIR:-.}}/slurm/common.sh"
+source "$HPT_ROOT/slurm/common.sh" 2>/dev/null || {
+  echo "error: HPT_ROOT is $HPT_ROOT, which has no slurm/common.sh; set it to the repository, or call this there" >&2
+  exit 2
+}
 parse_arguments "$@"
-folder=${ARGUMENTS[0]:?give a folder for the runs, then the sweep}
+[ "${#ARGUMENTS[@]}" -gt 1 ] || [ -n "${SLURM_ARRAY_TASK_ID:-}" ] || {
+  echo "usage: bash slurm/ablation.sh [--dry-run] FOLDER KEY=VALUE,VALUE...; --help says more" >&2
+  exit 2
+}
+folder=${ARGUMENTS[0]}
 cd "$HPT_ROOT"
 
 if [ "${ARGUMENTS[1]:-}" = --report ]; then
@@ -19,7 +27,7 @@ elif [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then
   mapfile -t overrides < <(ask job "$folder" "$SLURM_ARRAY_TASK_ID")
   run_training "${overrides[@]}"
 else
-  count=$(ask sweep "$folder" "${ARGUMENTS[@]:1}")
+  count=$(ask sweep ${DRY_RUN:+--dry-run} "$folder" "${ARGUMENTS[@]:1}")
   read -ra options <<<"${SBATCH_OPTIONS:-}"
   array=(sbatch --parsable --output="$folder/job%a.out" "${options[@]}" --array="0-$((count - 1))${AT_ONCE:+%$AT_ONCE}"
     slurm/ablation.sh "$folder")

@@ -13,7 +13,7 @@
 #   ROLLOUT_HOSTS  the addresses of those nodes, with commas; default: their names
 #   PREFLIGHT      0 leaves the checks of the nodes out (1)
 #   SRUN_OPTIONS   further options of every srun
-# Options of every script: --dry-run prints what would be launched; everything else goes to hpt.
+# Options of every script: --help; --dry-run prints what would be launched; everything else goes to hpt.
 
 set -euo pipefail
 
@@ -24,12 +24,27 @@ ROLLOUT_NODES=${ROLLOUT_NODES:-${OWN_ROLLOUT_NODES:-0}}
 DRY_RUN=
 ARGUMENTS=()
 
-# Take --dry-run out of the arguments; the rest is in ARGUMENTS.
+# Take --dry-run and --help out of the arguments; the rest is in ARGUMENTS.
 parse_arguments() {
   local argument
   for argument in "$@"; do
-    if [ "$argument" = --dry-run ]; then DRY_RUN=1; else ARGUMENTS+=("$argument"); fi
+    case $argument in
+      --dry-run) DRY_RUN=1 ;;
+      -h | --help)
+        sed -n '2,${/^#SBATCH/q; s/^# //p}' "$0"
+        exit
+        ;;
+      *) ARGUMENTS+=("$argument") ;;
+    esac
   done
+  [[ $ROLLOUT_NODES =~ ^(0|[1-9][0-9]*)$ ]] ||
+    refuse "ROLLOUT_NODES is '$ROLLOUT_NODES', expected how many of the job's nodes serve rollouts: 0 or above"
+}
+
+# End with one line that says why.
+refuse() {
+  echo "error: $*" >&2
+  exit 2
 }
 
 # Print a command as it could be typed.
@@ -72,6 +87,15 @@ ask() {
   "${LAUNCH[@]}"
 }
 
+# The same outside a job, before anything is submitted; not where only a container has hpt.
+check() {
+  [ -z "${SLURM_JOB_ID:-}" ] || return 0
+  if [ -z "$DRY_RUN" ]; then
+    [ -z "${CONTAINER:-}${APPTAINER:-}" ] && command -v "$HPT_PYTHON" >/dev/null || return 0
+  fi
+  ask "$@"
+}
+
 # errexit is off where a caller asks how this ended, hence the returns.
 # Every node says what it is; one process compares and names what is missing or unequal. Then NCCL is timed.
 preflight() {
@@ -92,10 +116,16 @@ preflight() {
 
 # hpt train with these overrides, one task a rank; saves, requeues and resumes when the time limit nears.
 run_training() {
-  local run_dir port code=0 STOP=
+  local argument run_dir port code=0 STOP=
+  for argument in "$@"; do
+    [[ $argument != -* ]] || refuse "unknown option $argument; expected --dry-run, --help or KEY=VALUE"
+  done
   trap 'STOP=1' USR1 # until there are ranks to pass it on to
-  enter_job || return 0
-  run_dir=$(ask run-dir "$@")
+  stand_in
+  split_nodes "$@"
+  run_dir=$(check run-dir --tasks "$TRAINING_TASKS" "$@")
+  enter_job
+  run_dir=${run_dir:-$(ask run-dir --tasks "$TRAINING_TASKS" "$@")}
   port=$((20000 + ${SLURM_JOB_ID:-0} % 20000))
   MASTER_ADDR=${MASTER_ADDR:-$(job_nodes | sed -n 1p)}
   # tensor parallelism's communication overlaps with products only where a GPU has one queue
@@ -103,7 +133,6 @@ run_training() {
   export MASTER_ADDR MASTER_PORT=$port OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} PYTHONUNBUFFERED=1
   [ -n "$DRY_RUN" ] || { mkdir -p "$run_dir/logs" && rm -f "$run_dir"/logs/{failure_rank*.json,stopped}; }
   preflight "$run_dir" || { echo "error: pre-flight failed; nothing was trained" >&2 && return 3; }
-  split_nodes "$@" || return 3
   serve_rollouts "$run_dir" "$@"
 
   local command=("$HPT_PYTHON" -m hpt_mega.slurm rank "$@" "${SERVED[@]}" resume=auto)
@@ -128,25 +157,30 @@ run_training() {
   finish "$run_dir" "$code"
 }
 
-# Outside a job: submit this script, or with --dry-run say so and go on with stand-ins for Slurm's variables.
-enter_job() {
+# In a job: go to the repository. Outside: stand-ins for Slurm's variables, as this script's options give them.
+stand_in() {
   if [ -n "${SLURM_JOB_ID:-}" ]; then
     cd "$HPT_ROOT"
-    return 0
+    return
   fi
-  local -a more=()
   # nodes that serve are asked for beside those that train
-  local nodes=$(($(sbatch_value nodes 1) + ROLLOUT_NODES - ${OWN_ROLLOUT_NODES:-0}))
-  if [ "$ROLLOUT_NODES" != "${OWN_ROLLOUT_NODES:-0}" ]; then more=(--nodes="$nodes"); fi
-  local submit=(sbatch "${more[@]}" "$0" "${ARGUMENTS[@]}")
-  if [ -z "$DRY_RUN" ]; then
-    "${submit[@]}"
-    return 1
-  fi
-  show "${submit[@]}"
-  SLURM_JOB_NUM_NODES=$nodes
+  SLURM_JOB_NUM_NODES=$(($(sbatch_value nodes 1) + ROLLOUT_NODES - ${OWN_ROLLOUT_NODES:-0}))
   SLURM_NTASKS=$((SLURM_JOB_NUM_NODES * $(sbatch_value ntasks-per-node 1)))
   SLURM_GPUS_ON_NODE=$(sbatch_value gpus-per-node "")
+}
+
+# Outside a job: submit this script and end as sbatch did, or with --dry-run say so and go on.
+enter_job() {
+  [ -z "${SLURM_JOB_ID:-}" ] || return 0
+  local -a more=()
+  if [ "$ROLLOUT_NODES" != "${OWN_ROLLOUT_NODES:-0}" ]; then more=(--nodes="$SLURM_JOB_NUM_NODES"); fi
+  local submit=(sbatch "${more[@]}" "$0" "${ARGUMENTS[@]}")
+  if [ -n "$DRY_RUN" ]; then
+    show "${submit[@]}"
+    return
+  fi
+  "${submit[@]}"
+  exit
 }
 
 # The value of an #SBATCH option of this script.
@@ -166,21 +200,22 @@ job_nodes() {
 }
 
 # Leaves srun's options of the trainer's nodes in TRAINING, of those that serve in SERVING, and in SERVED the
-# overrides by which the trainer finds the servers; the last two are empty where ROLLOUT_NODES is 0.
+# overrides by which the trainer finds the servers; the last two are empty where ROLLOUT_NODES is 0. How many
+# tasks train is in TRAINING_TASKS.
 split_nodes() {
   local -a nodes hosts urls
   local training port=$((10000 + ${SLURM_JOB_ID:-0} % 10000)) count=$ROLLOUT_NODES
-  TRAINING=(--ntasks="${SLURM_NTASKS:-1}") SERVING=() SERVED=()
+  TRAINING_TASKS=${SLURM_NTASKS:-1}
+  TRAINING=(--ntasks="$TRAINING_TASKS") SERVING=() SERVED=()
   [ "$count" != 0 ] || return 0
   mapfile -t nodes < <(job_nodes)
   training=$((${#nodes[@]} - count))
-  if [ "$training" -lt 1 ]; then
-    echo "error: ROLLOUT_NODES is $count and the job has ${#nodes[@]} nodes; none is left to train" >&2
-    return 1
-  fi
+  [ "$training" -ge 1 ] ||
+    refuse "ROLLOUT_NODES is $count and the job has ${#nodes[@]} nodes; none is left to train"
   local names=("${nodes[@]:training}") tasks=$((SLURM_NTASKS / ${#nodes[@]}))
+  TRAINING_TASKS=$((training * tasks))
   TRAINING=(--nodes="$training" --nodelist="$(joined "${nodes[@]:0:training}")"
-    --ntasks=$((training * tasks)) --ntasks-per-node="$tasks")
+    --ntasks="$TRAINING_TASKS" --ntasks-per-node="$tasks")
   SERVING=(--nodes="$count" --nodelist="$(joined "${names[@]}")" --ntasks="$count" --ntasks-per-node=1)
   IFS=, read -ra hosts <<<"${ROLLOUT_HOSTS:-$(joined "${names[@]}")}"
   mapfile -t urls < <(printf "http://%s:$port\n" "${hosts[@]}")

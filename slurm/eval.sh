@@ -9,8 +9,14 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=slurm-%x-%j.out
+: "${HPT_ROOT:=${SLURM_SUBMIT_DIR:-$PWD}}"
 # shellcheck source=slurm/common.sh
-source "${HPT_ROOT:-${SLURM_SUBMIT_DIR:-.}}/slurm/common.sh"
+source "$HPT_ROOT/slurm/common.sh" 2>/dev/null || {
+  echo "error: HPT_ROOT is $HPT_ROOT, which has no slurm/common.sh; set it to the repository, or call this there" >&2
+  exit 2
+}
 parse_arguments "$@"
-enter_job || exit 0
+stand_in
+check parse eval "${ARGUMENTS[@]}"
+enter_job
 on_nodes --ntasks=1 -- "$HPT_PYTHON" -m hpt_mega.cli eval "${ARGUMENTS[@]}"

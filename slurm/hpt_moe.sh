@@ -13,8 +13,12 @@
 #SBATCH --open-mode=append
 #SBATCH --signal=B:USR1@900
 #SBATCH --output=slurm-%x-%j.out
-# shellcheck source=slurm/common.sh
 OWN_ROLLOUT_NODES=4 # of the 36
-source "${HPT_ROOT:-${SLURM_SUBMIT_DIR:-.}}/slurm/common.sh"
+: "${HPT_ROOT:=${SLURM_SUBMIT_DIR:-$PWD}}"
+# shellcheck source=slurm/common.sh
+source "$HPT_ROOT/slurm/common.sh" 2>/dev/null || {
+  echo "error: HPT_ROOT is $HPT_ROOT, which has no slurm/common.sh; set it to the repository, or call this there" >&2
+  exit 2
+}
 parse_arguments "$@"
 run_training experiment=hpt_moe "${ARGUMENTS[@]}"

@@ -39,18 +39,23 @@ def _parser() -> argparse.ArgumentParser:
     compare.set_defaults(run=_compare)
     verbs.add_parser("allreduce", help="time NCCL between all tasks").set_defaults(run=_allreduce)
 
-    for name, run, what in (
-        ("rank", _rank, "this task's rank of hpt train"),
-        ("run-dir", _run_dir, "the run_dir that these overrides give"),
-    ):
-        verb = verbs.add_parser(name, help=what)
-        verb.add_argument("overrides", nargs="*")
-        verb.set_defaults(run=run)
+    rank = verbs.add_parser("rank", help="this task's rank of hpt train")
+    rank.add_argument("overrides", nargs="*")
+    rank.set_defaults(run=_rank)
+    run_dir = verbs.add_parser("run-dir", help="the run_dir that these overrides give")
+    run_dir.add_argument("--tasks", type=int, required=True, help="that train, one a process of the layout")
+    run_dir.add_argument("overrides", nargs="*")
+    run_dir.set_defaults(run=_run_dir)
+    parse = verbs.add_parser("parse", help="whether a verb of hpt takes these arguments; nothing is loaded")
+    parse.add_argument("verb", choices=("convert", "eval"))
+    parse.add_argument("words", nargs=argparse.REMAINDER)
+    parse.set_defaults(run=_parse)
     failures = verbs.add_parser("failures", help="which rank of a failed run failed first")
     failures.add_argument("logs", type=Path)
     failures.set_defaults(run=_failures)
 
     sweep = verbs.add_parser("sweep", help="write the jobs of a sweep into FOLDER; prints how many")
+    sweep.add_argument("--dry-run", action="store_true", help="write nothing")
     sweep.add_argument("folder", type=Path)
     sweep.add_argument("overrides", nargs="+")
     sweep.set_defaults(run=_sweep)
@@ -96,9 +101,30 @@ def _rank(options: argparse.Namespace) -> int:
 
 
 def _run_dir(options: argparse.Namespace) -> int:
-    from hpt_mega.config import compose
+    from hpt_mega.config import ConfigError, compose
 
-    print(compose(options.overrides).run_dir)
+    cfg = compose(options.overrides)
+    if cfg.parallel.world_size != options.tasks:
+        raise ConfigError(
+            f"the job has {options.tasks} tasks that train and {cfg.parallel.product}; change the layout, or "
+            "sbatch's --nodes and --ntasks-per-node"
+        )
+    print(cfg.run_dir)
+    return 0
+
+
+def _parse(options: argparse.Namespace) -> int:
+    from hpt_mega.checkpoint.command import add_directions
+    from hpt_mega.evaluation.command import configure
+    from hpt_mega.evaluation.config import compose
+
+    parser = argparse.ArgumentParser(prog=f"hpt {options.verb}")
+    if options.verb == "eval":
+        configure(parser)
+        compose(parser.parse_args(options.words).settings)
+    else:
+        add_directions(parser)
+        parser.parse_args(options.words)
     return 0
 
 
@@ -110,9 +136,12 @@ def _failures(options: argparse.Namespace) -> int:
 
 
 def _sweep(options: argparse.Namespace) -> int:
-    from hpt_mega.slurm.sweep import write_jobs
+    from hpt_mega.slurm.sweep import composed, write_jobs
 
-    print(write_jobs(options.folder, options.overrides))
+    jobs = composed(options.overrides)
+    if not options.dry_run:
+        write_jobs(options.folder, jobs)
+    print(len(jobs))
     return 0
 
 

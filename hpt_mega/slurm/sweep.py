@@ -36,14 +36,24 @@ def _split(values: str) -> list[str]:
     return parts
 
 
-def write_jobs(folder: Path, overrides: Sequence[str]) -> int:
-    """Write the jobs of a sweep and return how many; each is composed, to find misspelt keys here."""
+def composed(overrides: Sequence[str]) -> list[list[str]]:
+    """The jobs of a sweep; each is composed, to find misspelt keys here."""
     jobs = expand(overrides)
     for job in jobs:
         compose(job)
+    return jobs
+
+
+def write_jobs(folder: Path, jobs: Sequence[Sequence[str]]) -> None:
+    """Write the jobs of a sweep. Raises ConfigError where the folder holds another one."""
+    file, text = folder / JOBS, "".join(json.dumps(job) + "\n" for job in jobs)
+    if file.is_file() and file.read_text() != text:
+        raise ConfigError(
+            f"{folder} holds another sweep, whose jobs may still read {file}; choose another folder, or "
+            "remove this one"
+        )
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / JOBS, "".join(json.dumps(job) + "\n" for job in jobs))
-    return len(jobs)
+    write_atomically(file, text)
 
 
 def read_job(folder: Path, index: int) -> list[str]:

@@ -199,6 +199,61 @@ def test_a_conversion_runs_as_a_job(cluster: Cluster) -> None:
     assert any(out.rglob("*.distcp"))
 
 
+def call(script: str, *words: str, cwd: Path = ROOT, **environment: str) -> tuple[int, str]:
+    """(exit code, output) of a script outside a job; nothing is submitted, for its sbatch fails with 7."""
+    stand_in = 'sbatch() { return 7; }; export -f sbatch; exec bash "$0" "$@"'
+    done = subprocess.run(
+        ["bash", "-c", stand_in, f"{ROOT}/slurm/{script}", *words],
+        env=os.environ | {"HPT_PYTHON": sys.executable, "PYTHONPATH": str(ROOT)} | environment,
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("script", "words", "code", "expected"),
+    [
+        ("train.sh", ["parallel=single"], 7, ""),
+        ("eval.sh", ["model=m", "benchmarks=[aime24]"], 7, ""),
+        ("convert.sh", ["hf-to-megatron", "--hf", "a", "--out", "b"], 7, ""),
+        ("train.sh", ["parallel=single", "trainer.stepz=1"], 2, "did you mean trainer.steps"),
+        ("train.sh", ["parallel=pp3"], 2, "the job has 1 tasks that train and parallel.tp x cp x pp x dp ="),
+        ("train.sh", ["--dry-run", "parallel=pp3"], 2, "the job has 1 tasks that train"),
+        ("train.sh", ["--force"], 2, "unknown option --force"),
+        ("eval.sh", ["model=m", "benchmark=[aime24]"], 2, "unknown key benchmark; did you mean benchmarks"),
+        ("eval.sh", ["--dry-run", "model=m", "--force"], 2, "unrecognized arguments: --force"),
+        ("convert.sh", ["hf-to-megatron", "--hf", "a"], 2, "arguments are required: --out"),
+        ("hpt_70b.sh", ["--help"], 0, "HPT on Llama-3.1-70B, 8 nodes of 8 H100"),
+        ("convert.sh", ["--help"], 0, "hpt convert on a node: sbatch slurm/convert.sh"),
+        ("ablation.sh", ["out/x"], 2, "usage: bash slurm/ablation.sh"),
+    ],
+)
+def test_a_script_ends_as_sbatch_does_and_submits_nothing_that_cannot_run(
+    script: str, words: list[str], code: int, expected: str
+) -> None:
+    ended, output = call(script, *words)
+    assert ended == code and expected in output, output
+
+
+def test_a_script_says_which_setting_is_wrong(tmp_path: Path) -> None:
+    for found in (call("train.sh", cwd=tmp_path), call("train.sh", HPT_ROOT=str(tmp_path))):
+        assert found[0] == 2 and found[1].startswith(f"error: HPT_ROOT is {tmp_path}, which has no slurm/")
+        assert found[1].count("\n") == 1
+    for given in ("abc", "-1", "08"):
+        assert call("hpt_7b.sh", "--dry-run", ROLLOUT_NODES=given)[1].startswith(
+            f"error: ROLLOUT_NODES is '{given}', expected how many"
+        )
+
+
+def test_a_sweep_that_is_only_shown_leaves_nothing(tmp_path: Path) -> None:
+    code, output = call("ablation.sh", "--dry-run", f"{tmp_path}/sweep", "parallel=single", "seed=1,2")
+    assert code == 0 and "--array=0-1" in output, output
+    assert not (tmp_path / "sweep").exists()
+
+
 def test_the_jobs_last_nodes_serve_rollouts_and_the_others_train() -> None:
     done = subprocess.run(
         ["bash", f"{ROOT}/slurm/hpt_70b.sh", "--dry-run"],
@@ -278,7 +333,8 @@ def test_an_evaluation_runs_as_a_job_in_its_container(cluster: Cluster) -> None:
 def test_the_70b_job_is_accepted_and_its_preflight_names_what_is_missing(cluster: Cluster) -> None:
     cluster.environment["PREFLIGHT"] = "1"
     run = cluster.folder / "hpt_70b"
-    job = cluster.submit("hpt_70b", "--nodes=3", f"run_dir={run}", script="hpt_70b.sh")
+    smaller = ("parallel.pp=3", "parallel.dp=1")
+    job = cluster.submit("hpt_70b", "--nodes=3", *smaller, f"run_dir={run}", script="hpt_70b.sh")
     output = cluster.wait_for_end(job, "hpt_70b")
     assert cluster.state(job) == "FAILED"
     assert "node2: transformer-engine is missing" in output

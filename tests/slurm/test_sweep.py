@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from hpt_mega.config import ConfigError
-from hpt_mega.slurm.sweep import expand, read_job, report, write_jobs
+from hpt_mega.slurm.sweep import composed, expand, read_job, report, write_jobs
 
 
 def test_values_with_commas_are_combined_and_brackets_are_one_value() -> None:
@@ -21,14 +21,21 @@ def test_values_with_commas_are_combined_and_brackets_are_one_value() -> None:
     ]
 
 
-def test_a_misspelt_key_ends_a_sweep_before_it_is_submitted(tmp_path: Path) -> None:
+def test_a_misspelt_key_ends_a_sweep_before_it_is_submitted() -> None:
     with pytest.raises(ConfigError, match=r"did you mean trainer\.steps"):
-        write_jobs(tmp_path / "sweep", ["trainer.stepz=1,2"])
-    assert not (tmp_path / "sweep").exists()
+        composed(["trainer.stepz=1,2"])
+
+
+def test_a_sweep_is_not_written_over_another(tmp_path: Path) -> None:
+    write_jobs(tmp_path, expand(["seed=1,2"]))
+    write_jobs(tmp_path, expand(["seed=1,2"]))
+    with pytest.raises(ConfigError, match="holds another sweep"):
+        write_jobs(tmp_path, expand(["seed=1,2,3"]))
+    assert len((tmp_path / "jobs.jsonl").read_text().splitlines()) == 2
 
 
 def test_runs_are_compared_by_what_was_swept_best_first(tmp_path: Path) -> None:
-    assert write_jobs(tmp_path, ["experiment=demo", "seed=1,2,3"]) == 3
+    write_jobs(tmp_path, composed(["experiment=demo", "seed=1,2,3"]))
     assert read_job(tmp_path, 1) == ["experiment=demo", "seed=2", f"run_dir={tmp_path}/1"]
     for index, accuracy in ((0, 0.25), (2, 0.5)):
         (tmp_path / str(index)).mkdir()
