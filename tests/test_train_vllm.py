@@ -50,7 +50,7 @@ def test_a_run_outlives_a_server_loses_no_sample_and_trains_on_none_older_than_t
     model, run_dir = toy.save_toy(tmp_path / "model", head_dim=32), tmp_path / "run"
     more = ("rollout.staleness=1", "rollout.server.engines=2", f"debug.save={tmp_path / 'trained.jsonl'}")
     process = subprocess.Popen(
-        command(model, run_dir, "gate=both", *more),
+        command(model, run_dir, *toy.ON_ALL_ROLLOUTS, *more),
         text=True,
         stderr=subprocess.PIPE,
         stdout=subprocess.PIPE,

@@ -160,6 +160,14 @@ def test_a_model_that_cannot_be_built_is_refused_before_anything_starts(
     assert expected in problems(f"model.path={model_folder(**shape)}", f"run_dir={tmp_path}/run")
 
 
+def test_an_index_without_a_map_of_the_weights_is_named(model_folder: MakeModel, tmp_path: Path) -> None:
+    folder = model_folder()
+    (folder / "model.safetensors.index.json").write_text("{}")
+    assert "index.json has no 'weight_map'; copy" in problems(
+        f"model.path={folder}", f"run_dir={tmp_path}/run"
+    )
+
+
 def test_a_finished_run_is_not_taken_for_one_of_other_settings(
     model_folder: MakeModel, tmp_path: Path
 ) -> None:

@@ -55,6 +55,14 @@ def settings(model: Path) -> list[str]:
     ]
 
 
+def right(response: str, answer: str) -> float:
+    """A reward for anything, with which `algorithm=reinforce` trains on every rollout."""
+    return 1.0
+
+
+ON_ALL_ROLLOUTS = ("algorithm=reinforce", "gate=rollouts", f"reward.kind={__name__}.right")
+
+
 def metrics(run_dir: Path) -> list[dict[str, Any]]:
     """metrics.jsonl without what a clock measured."""
     file = run_dir / "metrics.jsonl"

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hpt_mega.checkpoint.hf import HFCheckpoint, read_config
+from hpt_mega.checkpoint.hf import INDEX, HFCheckpoint, read_config
 from hpt_mega.checkpoint.megatron_folder import companions_for, is_megatron, iteration_folder
 from hpt_mega.config import ModelConfig
 from hpt_mega.resharding.mapping import family_for
@@ -38,6 +38,8 @@ def read_model(model: ModelConfig, key: str = "model.path") -> tuple[Mapping[str
     elif shape:
         try:
             HFCheckpoint(folder)  # reads the files' headers: is one cut off, or missing?
+        except KeyError as error:
+            problems.append(f"{key}={folder}: {INDEX} has no {error}; copy the folder again")
         except (OSError, ValueError) as error:
             problems.append(f"{key}: {error}")
     return shape, problems

@@ -333,6 +333,7 @@ def test_a_run_is_served_by_a_server_it_did_not_start(served: tuple[str, Path], 
         [
             *(sys.executable, "-m", "hpt_mega.cli", "train", *toy.settings(model), "parallel=pp2"),
             *("precision=fp32", "rollout=vllm", "rollout.server.bucket_mib=2", "trainer.steps=2"),
+            *toy.ON_ALL_ROLLOUTS,
             *(f"run_dir={tmp_path / 'run'}", f"rollout.server.urls=[{url}]"),
             f"rollout.server.start_deadline_s={START_S}",
         ],
