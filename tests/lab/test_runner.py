@@ -63,7 +63,7 @@ def kill_when(worker: Worker, file: Path) -> None:
     worker.process.kill()
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(480)
 def test_a_lab_is_done_once_and_what_a_kill_interrupted_goes_on_with_the_same_numbers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
