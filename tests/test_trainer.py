@@ -81,7 +81,7 @@ def test_a_model_is_sampled_with_the_stop_tokens_it_is_evaluated_with(
     _, collect = training.ask(0)
     collect()
     training.evaluate()
-    cfg = EvalConfig(model="m", benchmarks=["b"], template=template)
+    cfg = EvalConfig(model="m", benchmarks=["b"], template=template, max_new_tokens=8)
     rewards: Any = engine
     evaluator = Evaluator(cfg, replica(), engine, tokenizer, rewards, Journal(tmp_path / "responses.jsonl"))
     evaluator.run([Benchmark("b", "b.json", "math", 2, QUESTIONS, "")])
