@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable
 
 
@@ -19,3 +20,14 @@ def at_least(least: int) -> Callable[[str], int]:
         return number
 
     return whole_number
+
+
+def seconds(text: str) -> float:
+    """An option's `type`: a time above 0."""
+    try:
+        given = float(text)
+    except ValueError:
+        given = 0.0
+    if not 0 < given < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} given, expected seconds above 0")
+    return given

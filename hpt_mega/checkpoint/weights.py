@@ -21,7 +21,7 @@ from hpt_mega.megatron import experts
 from hpt_mega.megatron.model import PolicyModel
 from hpt_mega.megatron.runtime import Layout
 from hpt_mega.resharding.mapping import Entry, Family, MappingError, ModelShape
-from hpt_mega.resharding.mapping.table import EMBEDDING, canonical_name, compare
+from hpt_mega.resharding.mapping.table import EMBEDDING, compare
 from hpt_mega.spec import Spec
 
 
@@ -132,9 +132,8 @@ def own_entries(model: PolicyModel, family: Family, shape: ModelShape) -> list[t
     Raises MappingError where a parameter has no row.
     """
     table = {name: entry for entry in family.entries(shape) for name in (entry.megatron, entry.te)}
-    first_expert, _, _ = model.expert_place()
     named = [
-        (canonical_name(name, model.first_layer, first_expert, shape.tied), tensor)
+        (model.whole_name(name), tensor)
         for name, tensor in model.state_dict(keep_vars=True).items()
         if torch.is_tensor(tensor) and not name.endswith("._extra_state")
     ]

@@ -23,7 +23,7 @@ from hpt_mega.config import ColumnsConfig
 from hpt_mega.data.files import Record, read_records
 from hpt_mega.data.overlap import WORDS, OverlapIndex
 from hpt_mega.data.store import MANIFEST, TEXTS, TOKENS, fingerprint
-from hpt_mega.data.templates import check, render
+from hpt_mega.data.templates import check, conversation, render
 from hpt_mega.files import writing_folder
 
 CHUNK_ROWS = 128
@@ -245,11 +245,7 @@ def _encode(records: Sequence[Record]) -> Encoded:
 
 
 def _prompt(record: Record, settings: Settings, tokenizer: Any) -> str:
-    messages = [*record.earlier, ("user", record.prompt.strip())]
-    if settings.instruction or not settings.keep_system:
-        messages = [message for message in messages if message[0] != "system"]
-    if settings.instruction:
-        messages.insert(0, ("system", settings.instruction))
+    messages = conversation(record.earlier, record.prompt, settings.instruction, settings.keep_system)
     return render(settings.template, messages, tokenizer)
 
 

@@ -20,7 +20,7 @@ from hpt_mega.data.demonstrations import WRITERS, demonstration
 from hpt_mega.data.files import Message, read_records
 from hpt_mega.data.order import shares
 from hpt_mega.data.store import StoredQuestions, fingerprint, is_prepared
-from hpt_mega.data.templates import check, render
+from hpt_mega.data.templates import check, conversation, render
 from hpt_mega.suggestion import did_you_mean
 from hpt_mega.trajectory import Question
 
@@ -171,9 +171,8 @@ def _read(
     for number, record in enumerate(read_records(file, source.columns)):
         if len(questions) == wanted:
             break
-        earlier = [message for message in record.earlier if config.keep_system or message[0] != "system"]
         texts = _Texts(
-            record.prompt.strip(), record.answer, record.demonstration, record.rejected, tuple(earlier)
+            record.prompt.strip(), record.answer, record.demonstration, record.rejected, record.earlier
         )
         question = _question(f"{stem}-{number}", record.task or stem, texts, config, tokenizer)
         if len(question.prompt_tokens) > config.max_prompt_tokens:
@@ -301,11 +300,7 @@ class _Texts:
 def _question(
     identifier: str, task: str, texts: _Texts, config: DataConfig, tokenizer: PreTrainedTokenizerBase
 ) -> Question:
-    messages = [*texts.earlier, ("user", texts.prompt)]
-    if config.instruction:
-        # As the system message it takes the place of any other one: one preamble to read, not two.
-        spoken = [message for message in messages if message[0] != "system"]
-        messages = [("system", config.instruction), *spoken]
+    messages = conversation(texts.earlier, texts.prompt, config.instruction, config.keep_system)
     text = render(config.template, messages, tokenizer)
 
     def response(words: str) -> tuple[int, ...]:

@@ -32,17 +32,14 @@ class TokenBatch:
     lengths_B3: Tensor  # int32
 
 
-def read_batches(
-    file: TokenFile, plan: Plan, reader: str = "torch", device_id: int | None = None
-) -> Iterator[TokenBatch]:
+def read_batches(file: TokenFile, plan: Plan, reader: str = "torch") -> Iterator[TokenBatch]:
     """The batches of the plan in order. reader: torch or dali, which give equal batches.
 
-    device_id: the GPU whose memory the batches are for; None is the CPU. Raises ValueError for an unknown
-    reader, ImportError where DALI is not installed.
+    Raises ValueError for an unknown reader, ImportError where DALI is not installed.
     """
     if reader not in READERS:
         raise ValueError(f"data.reader is {reader!r}, expected one of {', '.join(READERS)}")
-    return READERS[reader](file, plan, device_id)
+    return READERS[reader](file, plan)
 
 
 class _Batches(Dataset[TokenBatch]):
@@ -69,21 +66,11 @@ class _Batches(Dataset[TokenBatch]):
         return tokens, self._lengths[chosen]
 
 
-def _torch_batches(file: TokenFile, plan: Plan, device_id: int | None) -> Iterator[TokenBatch]:
-    batches = DataLoader(
-        _Batches(file), batch_sampler=plan, collate_fn=lambda batch: batch, pin_memory=device_id is not None
-    )
-    for batch in batches:
-        if device_id is None:
-            yield batch
-        else:
-            device = torch.device("cuda", device_id)
-            yield TokenBatch(
-                batch.tokens_BS.to(device, non_blocking=True), batch.lengths_B3.to(device, non_blocking=True)
-            )
+def _torch_batches(file: TokenFile, plan: Plan) -> Iterator[TokenBatch]:
+    return iter(DataLoader(_Batches(file), batch_sampler=plan, collate_fn=lambda batch: batch))
 
 
-def _dali_batches(file: TokenFile, plan: Plan, device_id: int | None) -> Iterator[TokenBatch]:
+def _dali_batches(file: TokenFile, plan: Plan) -> Iterator[TokenBatch]:
     try:
         dali, fn, types = (import_module(f"nvidia.dali{part}") for part in ("", ".fn", ".types"))
     except ImportError as error:
@@ -93,7 +80,7 @@ def _dali_batches(file: TokenFile, plan: Plan, device_id: int | None) -> Iterato
     lent: deque[Any] = deque(maxlen=2 * QUEUED)  # the pipeline reads these arrays without a copy of its own
     # A whole batch is one sample to DALI: its cost a sample is many times that of copying a document.
     pipeline = dali.Pipeline(
-        batch_size=1, num_threads=1, device_id=device_id, prefetch_queue_depth=QUEUED, exec_dynamic=False
+        batch_size=1, num_threads=1, device_id=None, prefetch_queue_depth=QUEUED, exec_dynamic=False
     )
 
     def next_batch() -> tuple[list[NDArray[np.int32]], ...]:
@@ -106,10 +93,8 @@ def _dali_batches(file: TokenFile, plan: Plan, device_id: int | None) -> Iterato
             num_outputs=2,
             dtype=[types.INT32, types.INT32],
             ndim=[2, 2],
-            no_copy=device_id is None,
+            no_copy=True,
         )
-        if device_id is not None:
-            tokens, lengths = tokens.gpu(), lengths.gpu()
         pipeline.set_outputs(tokens, lengths)
     pipeline.build()
     while True:
@@ -117,14 +102,8 @@ def _dali_batches(file: TokenFile, plan: Plan, device_id: int | None) -> Iterato
             padded, counts = pipeline.run()
         except StopIteration:
             return
-        yield TokenBatch(*(_as_tensor(one, device_id) for one in (padded, counts)))
-
-
-def _as_tensor(output: Any, device_id: int | None) -> Tensor:
-    """A tensor of its own: the pipeline takes the memory of an output back at its next run."""
-    if device_id is None:
-        return torch.from_numpy(output.at(0).copy())
-    return torch.from_dlpack(output[0]).clone()
+        # tensors of their own: the pipeline takes the memory of an output back at its next run
+        yield TokenBatch(*(torch.from_numpy(output.at(0).copy()) for output in (padded, counts)))
 
 
 READERS = {"torch": _torch_batches, "dali": _dali_batches}

@@ -45,6 +45,17 @@ NAMED = {
 TEMPLATES = (CHAT, *NAMED)
 
 
+def conversation(
+    earlier: Sequence[Message], prompt: str, instruction: str, keep_system: bool
+) -> list[Message]:
+    """What is said up to the question. An instruction is the system message in place of any other one, so
+    that there is one preamble to read, not two."""
+    if instruction or not keep_system:
+        earlier = [message for message in earlier if message[0] != "system"]
+    preamble = [("system", instruction)] if instruction else []
+    return [*preamble, *earlier, ("user", prompt.strip())]
+
+
 def render(template: str, messages: Sequence[Message], tokenizer: Any) -> str:
     """The text of a prompt. Raises ValueError for an unknown name, or chat where the tokenizer has none."""
     check(template, tokenizer)

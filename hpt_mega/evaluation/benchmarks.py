@@ -15,7 +15,7 @@ from typing import Any
 from hpt_mega.config import ColumnsConfig, ConfigError, conf_dir, fit, read_yaml
 from hpt_mega.data.files import HUB, LETTERS, Record, is_data, read_records
 from hpt_mega.data.overlap import WORDS, OverlapIndex
-from hpt_mega.data.templates import render
+from hpt_mega.data.templates import conversation, render
 from hpt_mega.evaluation.config import EvalConfig
 from hpt_mega.rewards.function import is_dotted, load_function
 from hpt_mega.rewards.pool import KINDS, is_kind
@@ -167,9 +167,7 @@ def _check_kind(kind: str, name: str) -> None:
 
 
 def _as_asked(record: Record, cfg: EvalConfig, tokenizer: Any) -> str:
-    messages = [*(m for m in record.earlier if m[0] != "system"), ("user", record.prompt)]
-    if cfg.instruction:
-        messages.insert(0, ("system", cfg.instruction))
+    messages = conversation(record.earlier, record.prompt, cfg.instruction, keep_system=False)
     return render(cfg.template, messages, tokenizer)
 
 

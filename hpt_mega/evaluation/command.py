@@ -6,7 +6,6 @@ The evaluation itself is worker.py.
 from __future__ import annotations
 
 import argparse
-import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
@@ -19,11 +18,15 @@ from hpt_mega.config import leaves as key_names
 from hpt_mega.evaluation.config import CONFIG, LONGEST_RESPONSE, EvalConfig, check_folder, compose
 
 WORKER = "hpt_mega.evaluation.worker"
-AT_LEAST_ZERO = "k questions temperature"
-AT_LEAST_ONE = "max_sequences questions_per_batch reward.workers reward.memory_mib"
-ABOVE_ZERO = (
-    "deadline_s reward.deadline_s server.kv_cache_gib server.gpu_memory_share server.start_deadline_s top_p"
-)
+BOUNDS = {
+    "0 or above": "k questions temperature",
+    "1 or above": "max_sequences questions_per_batch reward.workers reward.memory_mib",
+    "above 0": """
+deadline_s reward.deadline_s server.kv_cache_gib server.gpu_memory_share server.start_deadline_s top_p level
+""",
+    "below 1": "level",
+    "at most 1": "top_p server.gpu_memory_share",
+}
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -118,23 +121,14 @@ def _model(cfg: EvalConfig) -> Iterator[str]:
 
 
 def _numbers(cfg: EvalConfig) -> Iterator[str]:
+    from hpt_mega.validation.bounds import infinite, outside
+
     sizes = " ".join(f"parallel.{key}" for key in _sizes(cfg))
-    bounds = (
-        (AT_LEAST_ZERO, lambda value: value >= 0, "0 or above"),
-        (f"{AT_LEAST_ONE} {sizes}", lambda value: value >= 1, "1 or above"),
-        (ABOVE_ZERO, lambda value: value > 0, "above 0"),
-        ("top_p server.gpu_memory_share", lambda value: not value > 1, "at most 1"),
-    )
-    for keys, fits, expected in bounds:
-        for key in keys.split():
-            if not fits(value := attrgetter(key)(cfg)):
-                yield f"{key} is {value}, expected {expected}"
-            elif not math.isfinite(value):
-                yield f"{key} is {value}, expected a number"
+    yield from outside(cfg, BOUNDS)
+    yield from outside(cfg, {"1 or above": sizes})
+    yield from infinite(cfg)
     if cfg.max_new_tokens is not None and cfg.max_new_tokens < 1:
         yield f"max_new_tokens is {cfg.max_new_tokens}, expected 1 or above, or null"
-    if not 0 < cfg.level < 1:
-        yield f"level is {cfg.level}, expected above 0 and below 1, such as 0.95"
 
 
 def _sizes(cfg: EvalConfig) -> dict[str, int]:

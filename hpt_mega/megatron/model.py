@@ -40,6 +40,7 @@ from hpt_mega.resharding.mapping.shape import (  # noqa: E402
     ModelShape,
     RopeScaling,
 )
+from hpt_mega.resharding.mapping.table import canonical_name  # noqa: E402
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -155,6 +156,12 @@ class PolicyModel(GPTModel):
             return 0, 0, 1
         group = mixtures[0].experts.tp_group
         return mixtures[0].local_expert_indices[0], group.rank(), group.size()
+
+    def whole_name(self, parameter: str) -> str:
+        """The name in the whole model of this chunk's parameter; a tied output layer is the embedding."""
+        first_expert, _, _ = self.expert_place()
+        tied = self.share_embeddings_and_output_weights
+        return canonical_name(parameter, self.first_layer, first_expert, tied)
 
     def core_attentions(self) -> list[Decoding]:
         """Those of this chunk's layers. Raises ValueError where they cannot decode."""

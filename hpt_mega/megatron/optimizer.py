@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -14,7 +13,6 @@ from hpt_mega.megatron.groups import group_of, is_frozen
 from hpt_mega.megatron.model import PolicyModel
 from hpt_mega.megatron.precision import gathers_fp8
 from hpt_mega.megatron.scaler import share_scale
-from hpt_mega.resharding.mapping.table import canonical_name
 
 from megatron.core.distributed import (  # isort: skip  (after model.py has made megatron-core importable)
     DistributedDataParallel,
@@ -46,8 +44,8 @@ def wrap_data_parallel(model: PolicyModel, cfg: Config) -> DataParallel:
     for chunk in model.chunks:
         _mark_tensor_parallel_weights(chunk)
         _mark_experts(chunk)
-        for name, parameter in _named(chunk):
-            if is_frozen(name, cfg.optimizer.frozen):
+        for name, parameter in chunk.named_parameters():
+            if is_frozen(chunk.whole_name(name), cfg.optimizer.frozen):
                 parameter.requires_grad_(False)
     wrapped = [
         DataParallel(model.config, settings, chunk, disable_bucketing=index > 0)
@@ -134,8 +132,8 @@ def _overrides(model: DataParallel, cfg: OptimizerConfig) -> dict[ParamKey, Any]
     """
     settings_of: dict[torch.Tensor, tuple[float, float]] = {}
     for chunk in model.chunks:
-        for name, parameter in _named(chunk.module):
-            group = group_of(name, cfg.groups)
+        for name, parameter in chunk.module.named_parameters():
+            group = group_of(chunk.module.whole_name(name), cfg.groups)
             decay = cfg.weight_decay if parameter.dim() > 1 and not name.endswith(".bias") else 0.0
             if group is not None and group.weight_decay is not None:
                 decay = group.weight_decay
@@ -156,14 +154,6 @@ def _has(
     parameter: torch.Tensor,
 ) -> bool:
     return settings_of[parameter] == settings
-
-
-def _named(model: PolicyModel) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """A chunk's parameters by their names in the whole model; a tied output layer is the embedding."""
-    first_expert, _, _ = model.expert_place()
-    for name, parameter in model.named_parameters():
-        tied = model.share_embeddings_and_output_weights
-        yield canonical_name(name, model.first_layer, first_expert, tied), parameter
 
 
 def learning_rate(cfg: OptimizerConfig, step: int, total_steps: int) -> float:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import sys
 import time
@@ -17,7 +16,7 @@ from itertools import islice
 from pathlib import Path
 from typing import BinaryIO
 
-from hpt_mega.arguments import at_least
+from hpt_mega.arguments import at_least, seconds
 from hpt_mega.ending import FAILED
 from hpt_mega.files import writing_file
 from hpt_mega.rewards.pool import KINDS, MEMORY_MIB, RewardPool
@@ -36,7 +35,7 @@ def add_grade_options(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "--workers", type=at_least(1), default=os.cpu_count() or 1, metavar="N", help="processes"
     )
-    verb.add_argument("--deadline", type=_seconds, default=5.0, metavar="S", help="seconds for an answer (5)")
+    verb.add_argument("--deadline", type=seconds, default=5.0, metavar="S", help="seconds for an answer (5)")
     verb.add_argument(
         "--memory-mib",
         type=at_least(LEAST_MIB),
@@ -45,16 +44,6 @@ def add_grade_options(verb: argparse.ArgumentParser) -> None:
         help=f"of each process, {LEAST_MIB} or above ({MEMORY_MIB})",
     )
     verb.set_defaults(run=_grade)
-
-
-def _seconds(text: str) -> float:
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = 0.0
-    if not 0 < seconds < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} given, expected seconds above 0")
-    return seconds
 
 
 def _grade(options: argparse.Namespace) -> int:
@@ -66,8 +55,8 @@ def _grade(options: argparse.Namespace) -> int:
     except (ValueError, OSError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return FAILED
-    seconds = time.monotonic() - started
-    print(f"{options.out}: {right} of {count} right, {seconds:.1f} s ({count / seconds:.0f} a second)")
+    took = time.monotonic() - started
+    print(f"{options.out}: {right} of {count} right, {took:.1f} s ({count / took:.0f} a second)")
     return 0
 
 
