@@ -132,11 +132,12 @@ def own_entries(model: PolicyModel, family: Family, shape: ModelShape) -> list[t
     Raises MappingError where a parameter has no row.
     """
     table = {name: entry for entry in family.entries(shape) for name in (entry.megatron, entry.te)}
-    named = [
-        (model.whole_name(name), tensor)
+    tensors = (
+        (name, tensor)
         for name, tensor in model.state_dict(keep_vars=True).items()
         if torch.is_tensor(tensor) and not name.endswith("._extra_state")
-    ]
+    )
+    named = list(model.in_whole_model(tensors))
     if homeless := [name for name, _ in named if name not in table]:
         raise MappingError(f"the {family.name} table has no row for {', '.join(homeless)}")
     return [(table[name], tensor) for name, tensor in named]

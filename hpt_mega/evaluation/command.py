@@ -22,9 +22,8 @@ BOUNDS = {
     "0 or above": "k questions temperature",
     "1 or above": "max_sequences questions_per_batch reward.workers reward.memory_mib",
     "above 0": """
-deadline_s reward.deadline_s server.kv_cache_gib server.gpu_memory_share server.start_deadline_s top_p level
+deadline_s reward.deadline_s server.kv_cache_gib server.gpu_memory_share server.start_deadline_s top_p
 """,
-    "below 1": "level",
     "at most 1": "top_p server.gpu_memory_share",
 }
 
@@ -129,6 +128,8 @@ def _numbers(cfg: EvalConfig) -> Iterator[str]:
     yield from infinite(cfg)
     if cfg.max_new_tokens is not None and cfg.max_new_tokens < 1:
         yield f"max_new_tokens is {cfg.max_new_tokens}, expected 1 or above, or null"
+    if not 0 < cfg.level < 1:
+        yield f"level is {cfg.level}, expected above 0 and below 1, such as 0.95"
 
 
 def _sizes(cfg: EvalConfig) -> dict[str, int]:

@@ -5,11 +5,11 @@ Weights come from checkpoint/; what is computed from the hidden states is in ste
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -42,6 +42,7 @@ from hpt_mega.resharding.mapping.shape import (  # noqa: E402
 )
 from hpt_mega.resharding.mapping.table import canonical_name  # noqa: E402
 
+T = TypeVar("T", bound=Tensor)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -157,11 +158,12 @@ class PolicyModel(GPTModel):
         group = mixtures[0].experts.tp_group
         return mixtures[0].local_expert_indices[0], group.rank(), group.size()
 
-    def whole_name(self, parameter: str) -> str:
-        """The name in the whole model of this chunk's parameter; a tied output layer is the embedding."""
+    def in_whole_model(self, named: Iterable[tuple[str, T]]) -> Iterator[tuple[str, T]]:
+        """What this chunk names, by the names of the whole model; a tied output layer is the embedding."""
         first_expert, _, _ = self.expert_place()
         tied = self.share_embeddings_and_output_weights
-        return canonical_name(parameter, self.first_layer, first_expert, tied)
+        for name, tensor in named:
+            yield canonical_name(name, self.first_layer, first_expert, tied), tensor
 
     def core_attentions(self) -> list[Decoding]:
         """Those of this chunk's layers. Raises ValueError where they cannot decode."""

@@ -44,8 +44,8 @@ def wrap_data_parallel(model: PolicyModel, cfg: Config) -> DataParallel:
     for chunk in model.chunks:
         _mark_tensor_parallel_weights(chunk)
         _mark_experts(chunk)
-        for name, parameter in chunk.named_parameters():
-            if is_frozen(chunk.whole_name(name), cfg.optimizer.frozen):
+        for name, parameter in chunk.in_whole_model(chunk.named_parameters()):
+            if is_frozen(name, cfg.optimizer.frozen):
                 parameter.requires_grad_(False)
     wrapped = [
         DataParallel(model.config, settings, chunk, disable_bucketing=index > 0)
@@ -132,8 +132,8 @@ def _overrides(model: DataParallel, cfg: OptimizerConfig) -> dict[ParamKey, Any]
     """
     settings_of: dict[torch.Tensor, tuple[float, float]] = {}
     for chunk in model.chunks:
-        for name, parameter in chunk.module.named_parameters():
-            group = group_of(chunk.module.whole_name(name), cfg.groups)
+        for name, parameter in chunk.module.in_whole_model(chunk.module.named_parameters()):
+            group = group_of(name, cfg.groups)
             decay = cfg.weight_decay if parameter.dim() > 1 and not name.endswith(".bias") else 0.0
             if group is not None and group.weight_decay is not None:
                 decay = group.weight_decay

@@ -23,7 +23,6 @@ OPTIONS = ("algorithm.options.", "gate.options.")  # whose bounds the algorithm 
 RECOMPUTE = ("none", "selective", "full")
 BOUNDS = {
     "above 0": """
-parallel.tp parallel.cp parallel.pp parallel.dp parallel.vpp parallel.ep parallel.etp
 data.train_questions data.heldout_questions data.max_prompt_tokens data.max_demonstration_tokens
 reward.workers reward.deadline_s reward.memory_mib evaluation.samples evaluation.top_p
 rollout.max_new_tokens rollout.max_sequences rollout.top_p
@@ -48,6 +47,7 @@ optimizer.min_lr_ratio
 
 def numbers(cfg: Config) -> Iterator[str]:
     """Numbers outside their bounds."""
+    yield from outside(cfg, {"above 0": " ".join(f"parallel.{size}" for size in SIZES)})
     yield from outside(cfg, BOUNDS)
     yield from infinite(cfg, but=OPTIONS)
     for key, most in (("seed", 2**32 - 1), ("telemetry.prometheus_port", 65535)):

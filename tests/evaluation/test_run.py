@@ -137,7 +137,7 @@ def check_outputs(run_dir: Path) -> None:
         (["benchmarks=[aime24]", "temperature=nan"], "temperature is nan, expected 0 or above"),
         (["benchmarks=[aime24]", "temperature=inf"], "temperature is inf, expected a finite number"),
         (["benchmarks=[aime24]", "deadline_s=-1"], "deadline_s is -1.0, expected above 0"),
-        (["benchmarks=[aime24]", "level=95"], "level is 95.0, expected below 1"),
+        (["benchmarks=[aime24]", "level=95"], "level is 95.0, expected above 0 and below 1"),
         (["benchmarks=[aime24]", "max_new_tokens=0"], "max_new_tokens is 0, expected 1 or above, or null"),
         (["benchmarks=[aime24]", "training_data=[no.jsonl]"], "training_data=no.jsonl: no such file"),
         (["benchmarks=[aime24]", "training_data=[no.txt]"], "training_data: 'no.txt': expected files .jsonl"),
