@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# A sweep as a job array, and a report when all have ended; values with commas are swept, as Hydra's --multirun:
+# A sweep as a job array, and FOLDER/comparison.html when all have ended; values with commas are swept, as Hydra's
+# --multirun:
 #   bash slurm/ablation.sh runs/ablation experiment=demo parallel=single algorithm=hpt,grpo,luffy seed=1,2
 # AT_ONCE limits how many run together.
 # SBATCH_OPTIONS holds options for every job of the array, for instance "--nodes=2 --ntasks-per-node=8".
@@ -22,7 +23,7 @@ folder=${ARGUMENTS[0]}
 cd "$HPT_ROOT"
 
 if [ "${ARGUMENTS[1]:-}" = --report ]; then
-  ask ablation-report "$folder"
+  ask sweep-report "$folder"
 elif [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then
   mapfile -t overrides < <(ask job "$folder" "$SLURM_ARRAY_TASK_ID")
   run_training "${overrides[@]}"

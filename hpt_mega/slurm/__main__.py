@@ -63,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     job.add_argument("folder", type=Path)
     job.add_argument("index", type=int)
     job.set_defaults(run=_job)
-    report = verbs.add_parser("ablation-report", help="compare the runs of a sweep: FOLDER/report.md")
+    report = verbs.add_parser("sweep-report", help="hpt report on a sweep, with the jobs that did not finish")
     report.add_argument("folder", type=Path)
     report.set_defaults(run=_report)
     return parser
@@ -153,10 +153,12 @@ def _job(options: argparse.Namespace) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
-    from hpt_mega.slurm.sweep import report
+    from hpt_mega.cli import main as hpt
+    from hpt_mega.slurm.sweep import unfinished
 
-    print(report(options.folder), end="")
-    return 0
+    for job in unfinished(options.folder):
+        print(f"did not finish: {job}")
+    return hpt(["report", str(options.folder)])
 
 
 if __name__ == "__main__":

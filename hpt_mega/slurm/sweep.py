@@ -1,4 +1,4 @@
-"""Sweeps: the jobs that swept overrides stand for, and the comparison of their runs."""
+"""Sweeps: the jobs that swept overrides stand for, and which of them did not finish."""
 
 from __future__ import annotations
 
@@ -61,35 +61,13 @@ def read_job(folder: Path, index: int) -> list[str]:
     return [*_jobs(folder)[index], f"run_dir={folder}/{index}"]
 
 
-def report(folder: Path) -> str:
-    """A table of all jobs by what they were swept over, best first; also FOLDER/report.md."""
-    jobs = _jobs(folder)
-    fixed = set.intersection(*map(set, jobs))
-    rows = []
-    for index, job in enumerate(jobs):
-        summary = folder / str(index) / "summary.json"
-        name = " ".join(override for override in job if override not in fixed) or "(all)"
-        if summary.is_file():
-            found = json.loads(summary.read_text())
-            rows.append(
-                (
-                    -found["final_accuracy"],
-                    f"| {name} | {found['initial_accuracy']:.3f} | {found['final_accuracy']:.3f} "
-                    f"| {found['steps']} | {folder}/{index} |",
-                )
-            )
-        else:
-            rows.append((1.0, f"| {name} | | did not finish | | {folder}/{index} |"))
-    lines = [
-        f"# {len(jobs)} runs with {' '.join(sorted(fixed)) or 'nothing in common'}",
-        "",
-        "| swept | accuracy before | after | steps | run |",
-        "|---|---|---|---|---|",
-        *(line for _, line in sorted(rows)),
+def unfinished(folder: Path) -> list[str]:
+    """The jobs of a sweep that left no summary, each by its overrides and its run's folder."""
+    return [
+        f"{' '.join(job)} ({folder}/{index})"
+        for index, job in enumerate(_jobs(folder))
+        if not (folder / str(index) / "summary.json").is_file()
     ]
-    text = "\n".join(lines) + "\n"
-    write_atomically(folder / "report.md", text)
-    return text
 
 
 def _jobs(folder: Path) -> list[list[str]]:

@@ -181,12 +181,12 @@ def test_a_sweep_runs_as_an_array_and_ends_in_a_report(cluster: Cluster) -> None
     swept = ("seed=1,2,3", "optimizer.weight_decay=0,0.1")
     job = (*cluster.settings, "parallel=single", "trainer.steps=1", *swept)
     cluster.run("bash", f"{ROOT}/slurm/ablation.sh", str(folder), *job)
-    report = folder / "report.md"
-    cluster.wait("report", report.is_file)
-    text = report.read_text()
-    assert text.startswith("# 6 runs with ")
-    assert "did not finish" not in text
-    assert text.count(f" | 1 | {folder}/") == 6
+    said = folder / "report.out"
+    cluster.wait("report", lambda: said.is_file() and bool(said.read_text()))
+    assert said.read_text() == f"{folder}/comparison.html\n"
+    text = (folder / "comparison.md").read_text()
+    assert text.startswith("# 2 methods, 6 runs\n")
+    assert text.count("\n| optimizer.weight_decay=0.1 | ") == 4  # a row of every table
 
 
 def test_a_conversion_runs_as_a_job(cluster: Cluster) -> None:

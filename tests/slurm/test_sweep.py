@@ -1,14 +1,13 @@
-"""Sweeps: which jobs commas stand for, and the table of their runs."""
+"""Sweeps: which jobs commas stand for, and which of them did not finish."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 
 from hpt_mega.config import ConfigError
-from hpt_mega.slurm.sweep import composed, expand, read_job, report, write_jobs
+from hpt_mega.slurm.sweep import composed, expand, read_job, unfinished, write_jobs
 
 
 def test_values_with_commas_are_combined_and_brackets_are_one_value() -> None:
@@ -34,15 +33,10 @@ def test_a_sweep_is_not_written_over_another(tmp_path: Path) -> None:
     assert len((tmp_path / "jobs.jsonl").read_text().splitlines()) == 2
 
 
-def test_runs_are_compared_by_what_was_swept_best_first(tmp_path: Path) -> None:
+def test_a_job_has_a_folder_of_its_own_and_is_named_where_it_did_not_finish(tmp_path: Path) -> None:
     write_jobs(tmp_path, composed(["experiment=demo", "seed=1,2,3"]))
     assert read_job(tmp_path, 1) == ["experiment=demo", "seed=2", f"run_dir={tmp_path}/1"]
-    for index, accuracy in ((0, 0.25), (2, 0.5)):
+    for index in (0, 2):
         (tmp_path / str(index)).mkdir()
-        summary = {"initial_accuracy": 0.125, "final_accuracy": accuracy, "steps": 7}
-        (tmp_path / str(index) / "summary.json").write_text(json.dumps(summary))
-    lines = report(tmp_path).splitlines()
-    assert lines[0] == "# 3 runs with experiment=demo"
-    assert [line.split("|")[1].strip() for line in lines[4:]] == ["seed=3", "seed=1", "seed=2"]
-    assert "did not finish" in lines[-1]
-    assert (tmp_path / "report.md").is_file()
+        (tmp_path / str(index) / "summary.json").touch()
+    assert unfinished(tmp_path) == [f"experiment=demo seed=2 ({tmp_path}/1)"]
