@@ -1,8 +1,8 @@
 """The planner's constants: fitted to published speeds, then judged with each row left out and on other rows.
 
-    python bench/planner.py --out bench/results/planner.md
+    PYTHONPATH=. python bench/planner.py --out bench/results/planner.md
 
-Arithmetic of seconds on one core. The rows are in hpt_mega/planning/reference.py.
+Arithmetic of seconds on one core. The rows are in tests/planning/published.py.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 from hpt_mega.planning import Job, Layout, memory, model
 from hpt_mega.planning.hardware import DEFAULT, Efficiency
 from hpt_mega.planning.memory import GIB, stage_shards
-from hpt_mega.planning.reference import HELD_OUT, REFERENCE, Published
+from tests.planning.published import HELD_OUT, REFERENCE, Published
 
 FITTED = ("gemm_bf16", "gemm_fp8", "moe_host_s")
 START = {"gemm_bf16": 0.7, "gemm_fp8": 0.7, "moe_host_s": 20e-3}  # launches bind, else they have no slope

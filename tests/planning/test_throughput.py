@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 
 from hpt_mega.planning import Job, Layout, hardware, model, step_time
-from hpt_mega.planning.reference import HELD_OUT, REFERENCE
 from hpt_mega.planning.throughput import Cost, layer_time
+from tests.planning.published import HELD_OUT, REFERENCE
 
 
 def test_published_speeds_are_predicted() -> None:

@@ -1,4 +1,4 @@
-"""Published speeds that the planner is fitted to and judged by, copied with their source.
+"""Published speeds that the planner is fitted to and judged by, with their source.
 
 REFERENCE is what bench/planner.py fits; HELD_OUT was never fitted.
 """
