@@ -151,6 +151,10 @@ class CheckpointStore:
                 self.path(step).rename(aside)
                 print(f"checkpoint {self.path(step)} is {aside.name} now", flush=True)
 
+    def aside(self) -> list[Path]:
+        """What set_aside() renamed."""
+        return sorted(self._root.glob("*.aside"))
+
     def _partial(self, step: int) -> Path:
         return self.path(step).with_suffix(".partial")
 

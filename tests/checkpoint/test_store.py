@@ -210,15 +210,18 @@ def test_ranks_agree_on_a_checkpoint_that_one_of_them_could_not_write(tmp_path: 
 @pytest.mark.usefixtures("alone")
 def test_checkpoints_are_listed_and_pruned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     store = CheckpointStore(tmp_path, keep=5)
-    for step in (1, 2, 3):
+    for step in (1, 2, 3, 4):
         write(store, step)
+    store.set_aside(after=3)
     (tmp_path / "config.yaml").touch()
+    capsys.readouterr()
     assert main(["checkpoints", "list", str(tmp_path)]) == 0
     listed = [line.split(":")[0] for line in capsys.readouterr().out.splitlines()]
-    assert listed == ["step 1", "step 2", "step 3"]
+    assert listed == ["step 1", "step 2", "step 3", "step_000004.aside"]
     writing = tmp_path / "checkpoints" / "step_000004.partial"
     writing.mkdir()
     assert main(["checkpoints", "prune", str(tmp_path), "--keep", "1"]) == 0
-    assert store.steps() == [3] and writing.is_dir()  # a run may be at it
+    assert capsys.readouterr().out == "removed: 1, 2, step_000004.aside; left: 3\n"
+    assert store.steps() == [3] and not store.aside() and writing.is_dir()  # a run may be at it
     assert main(["checkpoints", "prune", str(tmp_path), "--keep", "0"]) == 2
     assert main(["checkpoints", "list", str(tmp_path / "absent")]) == 2
