@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# hpt eval on a node's GPUs: sbatch slurm/eval.sh model=runs/hpt_7b/hf 'benchmarks=[aime24,amc23,math500]'
+# hpt eval on a node's GPUs, a replica on each:
+#   sbatch slurm/eval.sh model=runs/hpt_7b/hf parallel.dp=8 'benchmarks=[aime24,amc23,math500]'
 # Answers are kept as they come; a requeued job asks only what is left.
 #SBATCH --job-name=hpt_eval
 #SBATCH --nodes=1

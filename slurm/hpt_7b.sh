@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # HPT on Qwen2.5-7B, one node of 8 H100: sbatch slurm/hpt_7b.sh [KEY=VALUE...]
 # Look first: hpt dryrun experiment=hpt_7b; bash slurm/hpt_7b.sh --dry-run. Settings: slurm/common.sh.
-# The engine decodes on the training GPUs (colocated); a step and an evaluation must end before the signal does.
+# The engine decodes on the training GPUs (colocated); a step, its evaluation and a save must fit into
+# the hour between the signal and the time limit.
 #SBATCH --job-name=hpt_7b
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=8

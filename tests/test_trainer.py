@@ -91,6 +91,15 @@ def test_a_model_is_sampled_with_the_stop_tokens_it_is_evaluated_with(
     }
 
 
+def test_a_replica_without_questions_keeps_those_company_that_share_its_experts(tmp_path: Path) -> None:
+    engine, layout = Recording(), replica(dp_rank=1, dp_size=2)
+    layout.from_rank_zero = lambda value: [0]
+    cfg = EvalConfig(model="m", benchmarks=["b"], max_new_tokens=8, greedy=False)
+    rewards: Any = engine
+    Evaluator(cfg, layout, engine, byte_tokenizer(), rewards, None).run([Benchmark("b", "b.json", "math", 1, QUESTIONS, "")])
+    assert [prompts for prompts, _ in engine.asked] == [0]
+
+
 def test_no_two_samples_of_any_replicas_steps_or_runs_share_a_seed() -> None:
     seeds: list[int] = []
     for seed in (5, 6):

@@ -42,9 +42,8 @@ def respond(
     grade: Grade,
     decode: Decode,
 ) -> list[list[Response]]:
-    """sampling.n graded responses to each question. All ranks of a replica call this together."""
-    if not questions:
-        return []
+    """sampling.n graded responses to each question. All ranks of a replica call this together, and a replica
+    without questions too: others may share its experts."""
     samples = engine.generate([question.prompt_tokens for question in questions], sampling)
     texts = [decode(sample.tokens) for group in samples for sample in group]
     answers = [q.answer for q, group in zip(questions, samples, strict=True) for _ in group]

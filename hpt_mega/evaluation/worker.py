@@ -76,8 +76,8 @@ class Evaluator:
         todo = self._todo(benchmarks)
         for first in range(0, len(todo), self.layout.dp_size):
             mine = first + self.layout.dp_rank
-            answered = self._answer(todo[mine]) if mine < len(todo) else []
-            parts = self.layout.gather_over_data(answered)
+            batch = todo[mine] if mine < len(todo) else replace(todo[first], questions=())
+            parts = self.layout.gather_over_data(self._answer(batch))
             if self.journal is not None:
                 self.journal.add([one for part in parts for one in part])
                 print(f"{min(first + self.layout.dp_size, len(todo))} of {len(todo)} batches", flush=True)

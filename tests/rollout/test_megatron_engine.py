@@ -6,6 +6,7 @@ The reference runs one sequence at a time, without cache or padding.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ import pytest
 import torch
 
 from hpt_mega.config import ParallelConfig
+from hpt_mega.rewards.verdict import Verdict
 from hpt_mega.rollout.engine import SamplingParams
+from hpt_mega.trajectory import Question
 from tests.megatron.tiny import (
     VOCABULARY,
     build_policy,
@@ -119,8 +122,16 @@ def generate(layouts: list[str], folder: Path) -> dict[str, Any]:
     return results
 
 
+def graded(texts: Sequence[str], answers: Sequence[str]) -> list[Verdict]:
+    return [Verdict(1.0, "", text) for text in texts]
+
+
 def generate_with_experts(layouts: list[str], folder: Path) -> dict[str, Any]:
-    """This replica's number and greedy tokens; the second replica has one prompt, the first all others."""
+    """This replica's number and greedy tokens; the second replica has one prompt, the first all others.
+
+    Then an evaluation of one question, in which the second replica has none.
+    """
+    from hpt_mega.evaluation.sample import respond
     from hpt_mega.rollout.megatron import MegatronEngine
 
     found: dict[str, Any] = {}
@@ -130,7 +141,13 @@ def generate_with_experts(layouts: list[str], folder: Path) -> dict[str, Any]:
         dp, rank = policy.layout.dp_size, policy.layout.dp_rank
         mine = prompts() if dp == 1 else (prompts()[1:], prompts()[:1])[rank]
         samples = engine.generate(mine, GREEDY)
-        found[name] = {"rank": rank, "tokens": [list(sample.tokens) for (sample,) in samples]}
+        question = Question("0", "", "", "", "", tuple(prompts()[0]), ())
+        answered = respond(engine, [] if rank else [question], GREEDY, graded, str)
+        found[name] = {
+            "rank": rank,
+            "tokens": [list(sample.tokens) for (sample,) in samples],
+            "evaluated": [response.text for (response,) in answered],
+        }
         leave_job()
     return found
 
@@ -201,6 +218,8 @@ def test_replicas_that_share_experts_decode_unequally_much_and_end_together(
             if EXPERTS[name].dp > 1:
                 mine = (mine[1:], mine[:1])[rank[name]["rank"]]
             assert rank[name]["tokens"] == [greedy(model, prompt) for prompt in mine]
+            asked = [] if rank[name]["rank"] else prompts()[:1]
+            assert rank[name]["evaluated"] == [str(tuple(greedy(model, prompt))) for prompt in asked]
 
 
 @pytest.mark.parametrize("key", ["greedy", "sampled", "nucleus", "waves"])
