@@ -25,7 +25,7 @@ from hpt_mega.checkpoint.store import CheckpointStore  # noqa: E402
 from hpt_mega.checkpoint.weights import export_hf, load_hf, load_megatron  # noqa: E402
 from hpt_mega.config import Config, load  # noqa: E402
 from hpt_mega.data.loader import QuestionLoader  # noqa: E402
-from hpt_mega.data.questions import load_questions  # noqa: E402
+from hpt_mega.data.questions import check_complete, load_questions  # noqa: E402
 from hpt_mega.files import write_atomically  # noqa: E402
 from hpt_mega.interruption import STOPPED_CODE, Interruption  # noqa: E402
 from hpt_mega.megatron import runtime  # noqa: E402
@@ -36,13 +36,13 @@ from hpt_mega.megatron.optimizer import build_optimizer, wrap_data_parallel  # n
 from hpt_mega.megatron.runtime import Layout  # noqa: E402
 from hpt_mega.objective import algorithm  # noqa: E402
 from hpt_mega.resharding.mapping import Family, ModelShape, family_for  # noqa: E402
-from hpt_mega.rewards.pool import RewardPool  # noqa: E402
+from hpt_mega.rewards.pool import COMPARING, RewardPool  # noqa: E402
 from hpt_mega.rollout.engine import RolloutEngine  # noqa: E402
 from hpt_mega.rollout.megatron import MegatronEngine  # noqa: E402
 from hpt_mega.rollout.served import Probe, ServedEngine  # noqa: E402
 from hpt_mega.rollout.servers import build_fleet  # noqa: E402
 from hpt_mega.rollout.sync import WeightSync  # noqa: E402
-from hpt_mega.scheduler.gate import gate  # noqa: E402
+from hpt_mega.scheduler.gate import gate as make_gate  # noqa: E402
 from hpt_mega.telemetry.health import Health, stop_watching  # noqa: E402
 from hpt_mega.telemetry.metrics import PhaseTimer  # noqa: E402
 from hpt_mega.telemetry.run import RunLog  # noqa: E402
@@ -117,6 +117,13 @@ def build_trainer(
         load_hf(model, HFCheckpoint(weights), family, shape, layout)
     tokenizer = AutoTokenizer.from_pretrained(companions)
     questions = load_questions(cfg.data, tokenizer)
+    gate, rollouts = make_gate(cfg.gate.name, **cfg.gate.options), cfg.rollout.rollouts_per_question
+    check_complete(
+        questions,
+        graded=cfg.reward.kind in COMPARING,
+        sampled=rollouts > 0,
+        demonstrated=bool((gate.at_every_rate(rollouts)[1] > 0).any()),
+    )
     rewards = build_rewards(cfg) if layout.is_leader else None
     learner = build_learner(cfg, layout, model, shape)
     return Trainer(
@@ -124,7 +131,7 @@ def build_trainer(
         layout=layout,
         learner=learner,
         engine=build_engine(cfg, layout, learner, family, shape, questions.train),
-        gate=gate(cfg.gate.name, **cfg.gate.options),
+        gate=gate,
         loader=QuestionLoader(
             questions.train,
             cfg.trainer.questions_per_step,

@@ -62,7 +62,7 @@ def test_a_part_of_an_algorithm_is_swapped_by_its_name() -> None:
 def test_an_algorithm_brings_its_gate_and_the_command_line_overrules_it() -> None:
     assert compose(["algorithm=grpo"]).gate.options == {"threshold": -1.0}
     assert compose(["algorithm=luffy"]).gate.name == "soft"
-    assert compose(["algorithm=luffy", "gate=three_zone"]).gate.name == "three_zone"
+    assert compose(["algorithm=hpt", "gate=three_zone"]).gate.name == "three_zone"
 
 
 def test_a_saved_config_is_loaded_as_it_was(tmp_path: Path) -> None:

@@ -96,7 +96,9 @@ def test_a_replica_without_questions_keeps_those_company_that_share_its_experts(
     layout.from_rank_zero = lambda value: [0]
     cfg = EvalConfig(model="m", benchmarks=["b"], max_new_tokens=8, greedy=False)
     rewards: Any = engine
-    Evaluator(cfg, layout, engine, byte_tokenizer(), rewards, None).run([Benchmark("b", "b.json", "math", 1, QUESTIONS, "")])
+    Evaluator(cfg, layout, engine, byte_tokenizer(), rewards, None).run(
+        [Benchmark("b", "b.json", "math", 1, QUESTIONS, "")]
+    )
     assert [prompts for prompts, _ in engine.asked] == [0]
 
 

@@ -101,6 +101,9 @@ def test_the_default_config_and_every_algorithm_are_accepted(model_folder: MakeM
         (("rollout.rollouts_per_question=1",), "there is nothing to compare"),
         (("algorithm=grpo", "rollout.rollouts_per_question=0"), "set gate=demonstrations, or sample"),
         (("algorithm=dpo", "algorithm.kl_coef=0.1", "algorithm.kl_in=reward"), "kl_in=reward has no meaning"),
+        (("algorithm=rft", "algorithm.kl_coef=0.1", "algorithm.kl_in=reward"), "set algorithm.kl_in=loss"),
+        (("algorithm=luffy", "gate=three_zone"), "it would learn nothing there; set gate=both"),
+        (("algorithm=luffy", "algorithm.advantage=gae"), "has the advantages gae and joint_group_norm"),
         (("data.train_file=absent.jsonl",), "data.train_file=absent.jsonl: no such file"),
         (("algorithm=dpo", "rollout.rollouts_per_question=1"), "there is nothing to compare"),
     ],
@@ -344,6 +347,19 @@ def test_an_unfinished_run_is_neither_overwritten_nor_mixed(model_folder: MakeMo
     assert problems(*fixed, "resume=auto") == ""
     (run / "summary.json").touch()
     assert problems(*fixed) == ""
+
+
+def test_a_finished_run_is_not_renamed_while_the_next_reads_from_it(
+    model_folder: MakeModel, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml").write_text("algorithm: {}\ngate: {}\nrun_dir: x\n")
+    (run / "summary.json").write_text("{}")
+    model_folder().rename(run / "hf")
+    assert problems(f"model.path={run}/hf", f"run_dir={tmp_path}/next") == ""
+    said = problems(f"model.path={run}/hf", f"run_dir={run}")
+    assert f"model.path={run}/hf lies in run_dir={run}" in said and "1 problem" in said
 
 
 def test_a_folder_of_somebodys_own_files_is_no_run_folder(

@@ -21,14 +21,22 @@ NOT_WHOLE = 1  # exit code of verify: a checkpoint is damaged, or there is none
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Give the verb's parser its options."""
-    parser.description = "The checkpoints of a run: list them, verify their files, remove old ones and those set aside."
+    parser.description = (
+        "The checkpoints of a run: list them, verify their files, remove old ones and those set aside."
+    )
     parser.epilog = (
         "example: hpt checkpoints list runs/demo; hpt checkpoints verify runs/demo (exit code 1 where one is "
         "damaged, or there is none); hpt checkpoints prune runs/demo --keep 1"
     )
     parser.add_argument("what", choices=("list", "verify", "prune"))
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR")
-    parser.add_argument("--keep", type=int, default=2, metavar="N", help="prune: leave the N newest (2), and none that was set aside")
+    parser.add_argument(
+        "--keep",
+        type=int,
+        default=2,
+        metavar="N",
+        help="prune: leave the N newest (2), and none that was set aside",
+    )
     parser.set_defaults(run=_run)
 
 

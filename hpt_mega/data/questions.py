@@ -94,6 +94,49 @@ def load_questions(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Qu
     return QuestionSet(train, heldout, [len(part) for part in parts], weights or None)
 
 
+def check_complete(
+    questions: QuestionSet, *, graded: bool, sampled: bool = True, demonstrated: bool = False
+) -> None:
+    """Raise ValueError where a question lacks what a run asks of it, at its start and not days later.
+
+    graded: rewards compare with gold answers, of all questions or, unless those to train on are sampled, of
+    the held-out ones. demonstrated: the gate may train on the demonstration of any question.
+    """
+    asked = [("held-out", questions.heldout), *([("training", questions.train)] if sampled else [])]
+    for name, some in asked if graded else ():
+        if absent := [i for i, answer in enumerate(_answers(some)) if not answer.strip()]:
+            column = "data.heldout_columns.answer" if name == "held-out" else "data.columns.answer"
+            raise ValueError(
+                f"{len(absent)} of {len(some)} {name} questions have no gold answer, for instance "
+                f"{some[absent[0]].id!r}, and no response to them could be right; name the column of the "
+                f"answers ({column}=solution, or that of the mixture's part), leave those questions out, or "
+                "grade without gold answers (reward.kind)"
+            )
+    if demonstrated and (absent := [i for i, has in enumerate(_demonstrated(questions.train)) if not has]):
+        raise ValueError(
+            f"{len(absent)} of {len(questions.train)} training questions have no demonstration, for instance "
+            f"{questions.train[absent[0]].id!r}, and the gate may send each of them to SFT; give them one, "
+            "leave them out, or choose a gate that never uses demonstrations (switch, threshold=-1)"
+        )
+
+
+def _answers(questions: Sequence[Question]) -> list[str]:
+    if isinstance(questions, Joined):
+        return [answer for part in questions.parts for answer in _answers(part)]
+    if isinstance(questions, StoredQuestions):
+        return questions.answers
+    return [question.answer for question in questions]
+
+
+def _demonstrated(questions: Sequence[Question]) -> list[bool]:
+    """Whether each has a demonstration."""
+    if isinstance(questions, Joined):
+        return [has for part in questions.parts for has in _demonstrated(part)]
+    if isinstance(questions, StoredQuestions):
+        return (questions.lengths[:, 1] > 0).tolist()
+    return [bool(question.demonstration_tokens) for question in questions]
+
+
 def _generate(
     config: DataConfig, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[Question], list[Question]]:

@@ -93,6 +93,10 @@ class StoredQuestions(Sequence[Question]):
     def prompts(self) -> list[str]:
         return [self._texts[i]["prompt"] for i in self._chosen]
 
+    @property
+    def answers(self) -> list[str]:
+        return [self._texts[i]["answer"] for i in self._chosen]
+
     def choose(self, indices: NDArray[Any]) -> StoredQuestions:
         """Only these questions, in this order; shares the files."""
         chosen = object.__new__(StoredQuestions)

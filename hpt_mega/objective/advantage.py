@@ -164,9 +164,15 @@ SEQUENCE_ADVANTAGES: dict[str, SequenceAdvantage] = {
 }
 TOKEN_ADVANTAGES: dict[str, TokenAdvantage] = {"gae": gae, "preference": preference}
 
+# those that read a reward as right or wrong: a KL taken from it would make some of both
+READS_RIGHT_OR_WRONG = frozenset({"correct", "sign", "group_ratio"})
+# those of rollouts and demonstrations together
+JOINT = frozenset({"joint_group_mean", "joint_group_norm"})
+# those that depend on no other sequence
+OWN = frozenset({"one", "correct", "sign", "reward"})
 # those that a single rollout a question teaches nothing
 COMPARES_ROLLOUTS = frozenset({"group_mean", "group_norm", "group_ratio", "leave_one_out", "preference"})
-_WITHOUT_GROUP = frozenset({"one", "correct", "sign", "reward", "batch_norm"})
+_WITHOUT_GROUP = OWN | {"batch_norm"}
 
 
 def advantage_of(name: str, batch: TokenBatch, own: Tensor, options: Options) -> Tensor:

@@ -104,12 +104,12 @@ class Estimator:
     @property
     def advantage_per_sequence(self) -> bool:
         """Whether `advantages` can tell the advantage before the batch is built (not for GAE and DPO)."""
-        return self._advantage_names <= SEQUENCE_ADVANTAGES.keys()
+        return self.advantage_names <= SEQUENCE_ADVANTAGES.keys()
 
     @property
     def trains_on_pairs(self) -> bool:
         """Whether a batch consists of pairs (TokenBatch.pair)."""
-        return "preference" in self._advantage_names
+        return "preference" in self.advantage_names
 
     @property
     def needs_reference_model(self) -> bool:
@@ -124,10 +124,11 @@ class Estimator:
     @property
     def needs_values(self) -> bool:
         """Whether TokenBatch.values have to be given."""
-        return "gae" in self._advantage_names
+        return "gae" in self.advantage_names
 
     @property
-    def _advantage_names(self) -> set[str]:
+    def advantage_names(self) -> set[str]:
+        """Those of its halves."""
         return {parts.advantage for parts in (self.row.parts, self.row.offline) if parts is not None}
 
     def kl_penalty(self, batch: TokenBatch) -> Tensor:

@@ -105,8 +105,10 @@ def _of_geometric(batch: TokenBatch) -> Tensor:
 
 
 def _engine_gap(batch: TokenBatch) -> Tensor:
+    """[B, T] log(π_old / π_engine); 0 of demonstrations, which no engine wrote."""
     why = "a correction of the trainer/engine gap"
-    return (batch.require("old_logp", why) - batch.require("rollout_logp", why)).detach()
+    gap = (batch.require("old_logp", why) - batch.require("rollout_logp", why)).detach()
+    return torch.where(batch.offline[:, None], 0.0, gap)
 
 
 def _correction(

@@ -37,6 +37,7 @@ _IN_PROCESS: dict[str, Callable[[str, str], Verdict | None]] = {
     "format": format_verdict,
 }
 KINDS = tuple(_IN_PROCESS)
+COMPARING = ("math", "choice", "exact")  # with a gold answer
 
 
 def is_kind(kind: str) -> bool:

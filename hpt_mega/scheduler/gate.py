@@ -102,6 +102,10 @@ class Gate:
             raise ValueError(f"pass rates must lie in [0, 1]; got {pass_rate.tolist()}")
         return GATES[self.name](pass_rate, **self.options)
 
+    def at_every_rate(self, rollouts: int) -> Weights:
+        """The weights at each mean that so many rewards of 0 and 1 can have."""
+        return self(torch.linspace(0, 1, max(rollouts, 1) + 1, dtype=torch.float64))
+
 
 def gate(name: str, **options: Any) -> Gate:
     """A gate by its name, with options by their name; numbers are in units of the pass rate.

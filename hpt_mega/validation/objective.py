@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import torch
 
 from hpt_mega.config import Config
-from hpt_mega.objective import Row, algorithm
-from hpt_mega.objective.advantage import COMPARES_ROLLOUTS
+from hpt_mega.objective import Estimator, Row, algorithm
+from hpt_mega.objective.advantage import COMPARES_ROLLOUTS, JOINT, OWN, READS_RIGHT_OR_WRONG
 from hpt_mega.scheduler import gate
 
 
@@ -46,22 +46,49 @@ def parts(cfg: Config) -> Iterator[str]:
         yield f"gate: {error}"
         return
     row = estimator.row
-    alpha, beta = weigh(torch.linspace(0, 1, max(n, 1) + 1, dtype=torch.float64))
+    alpha, beta = weigh.at_every_rate(n)
     yield from _gate_fits(row, bool((alpha > 0).any()), bool((beta > 0).any()), cfg.gate.name)
-    if estimator.penalises_reward and estimator.trains_on_pairs:
+    if bool(((alpha == 0) & (beta > 0)).any()) and _compares_with_rollouts(row):
         yield (
-            f"algorithm={row.name} compares two responses and sees no rewards: kl_in=reward has no meaning "
-            "there; its beta already holds the policy near the reference model"
+            f"algorithm={row.name} compares a demonstration with the rollouts of its question, which gate "
+            f"{cfg.gate.name!r} leaves out: it would learn nothing there; set gate=both, or algorithm=hpt"
         )
+    yield from _advantages(estimator)
     if n == 0 and bool(weigh(torch.zeros(1))[0]):
         yield (
             f"rollout.rollouts_per_question is 0 and gate {cfg.gate.name!r} keeps the rollouts of unsolved "
             "questions; set gate=demonstrations, or sample at least 1"
         )
-    if n == 1 and bool((alpha > 0).any()) and row.parts.advantage in COMPARES_ROLLOUTS:
+    company = bool(((alpha > 0) & (beta > 0)).any())  # of a demonstration
+    comparing = COMPARES_ROLLOUTS if company else COMPARES_ROLLOUTS | JOINT
+    if n == 1 and bool((alpha > 0).any()) and row.parts.advantage in comparing:
         yield (
             f"algorithm={row.name} compares the rollouts of a question and rollout.rollouts_per_question "
             "is 1: there is nothing to compare; set at least 2"
+        )
+
+
+def _compares_with_rollouts(row: Row) -> bool:
+    return row.offline is not None and row.offline.advantage in JOINT and row.imitation is None
+
+
+def _advantages(estimator: Estimator) -> Iterator[str]:
+    """Whether its two advantages go together, and with a KL that is taken from the rewards."""
+    name, found = estimator.row.name, estimator.advantage_names
+    if estimator.penalises_reward and estimator.trains_on_pairs:
+        yield (
+            f"algorithm={name} compares two responses and sees no rewards: kl_in=reward has no meaning "
+            "there; its beta already holds the policy near the reference model"
+        )
+    if estimator.penalises_reward and (read := sorted(found & READS_RIGHT_OR_WRONG)):
+        yield (
+            f"algorithm={name} reads a reward as right or wrong (advantage {read[0]}), and kl_in=reward takes "
+            "the KL from it, which would make right of wrong; set algorithm.kl_in=loss"
+        )
+    if estimator.needs_values and (others := sorted(found - OWN - {"gae"})):
+        yield (
+            f"algorithm={name} has the advantages gae and {others[0]}: gae is computed in each micro-batch, "
+            f"which does not hold all that {others[0]} compares; take gae for both, or for none"
         )
 
 

@@ -28,8 +28,8 @@ def folder(cfg: Config) -> Iterator[str]:
         return
     if cfg.resume == "never" and _is_unfinished(run_dir):
         yield f"run_dir={run_dir} holds an unfinished run; set resume=auto to go on, or another run_dir"
-    if cfg.resume == "auto" and (run_dir / "summary.json").is_file():
-        yield from _of_another_run(cfg, run_dir)
+    if (run_dir / "summary.json").is_file():
+        yield from _of_another_run(cfg, run_dir) if cfg.resume == "auto" else _read_from_there(cfg, run_dir)
 
 
 def _foreign(run_dir: Path) -> str:
@@ -59,6 +59,19 @@ def _of_another_run(cfg: Config, run_dir: Path) -> Iterator[str]:
             f"run_dir={run_dir} holds a finished run of other settings ({'; '.join(changed[:4])}); choose "
             "another run_dir, or resume=never, which renames that folder"
         )
+
+
+def _read_from_there(cfg: Config, run_dir: Path) -> Iterator[str]:
+    """What the run would not find, for a finished run's folder is renamed before the new one starts."""
+    read = {"model.path": cfg.model.path, "model.hf": cfg.model.hf, "debug.replay": cfg.debug.replay}
+    read |= {"data.train_file": cfg.data.train_file, "data.heldout_file": cfg.data.heldout_file}
+    read |= {f"data.mixture.{i}.file": part.file for i, part in enumerate(cfg.data.mixture)}
+    for key, file in read.items():
+        if file and Path(file).resolve().is_relative_to(run_dir.resolve()):
+            yield (
+                f"{key}={file} lies in run_dir={run_dir}, whose finished run would be renamed first; choose "
+                "another run_dir"
+            )
 
 
 def _is_unfinished(run_dir: Path) -> bool:

@@ -12,7 +12,7 @@ import pytest
 
 from hpt_mega.config import ColumnsConfig, DataConfig, TaskConfig
 from hpt_mega.data.prepare import Settings, prepare
-from hpt_mega.data.questions import load_questions
+from hpt_mega.data.questions import QuestionSet, check_complete, load_questions
 from hpt_mega.data.store import StoredQuestions, TokenFile
 from tests.data.byte_tokenizer import byte_tokenizer
 
@@ -89,6 +89,10 @@ def test_a_prepared_folder_gives_the_questions_that_the_file_itself_gives(
         is_cut = len(theirs.demonstration_tokens) == 40
         assert ours.demonstration_tokens == theirs.demonstration_tokens
         assert is_cut or theirs.demonstration_tokens[-1:] in ((), (tokenizer.eos_token_id,))
+    bare = sum(not question.demonstration_tokens for question in direct)
+    check_complete(QuestionSet(stored, []), graded=True)
+    with pytest.raises(ValueError, match=f"{bare} of 250 training questions have no demonstration"):
+        check_complete(QuestionSet(stored, []), graded=True, demonstrated=True)
 
 
 def test_megatrons_reader_and_ours_see_the_same_sequences(prepared: tuple[Path, dict[str, Any]]) -> None:

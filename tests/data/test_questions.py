@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from hpt_mega.config import DataConfig, SourceConfig, TaskConfig
 from hpt_mega.data.demonstrations import OPTIONS, WRITERS
-from hpt_mega.data.questions import load_questions
+from hpt_mega.data.questions import QuestionSet, check_complete, load_questions
 from hpt_mega.rewards.math import quick_verdict
 from tests.data.byte_tokenizer import byte_tokenizer
 
@@ -211,6 +211,30 @@ def test_a_question_of_a_file_may_lack_demonstration_and_rejected(
     questions = load_questions(replace(config(EASY, train=1, heldout=3), train_file=str(path)), tokenizer)
     (only,) = questions.train
     assert (only.demonstration_tokens, only.rejected_tokens) == ((), ())
+
+
+def test_a_question_that_lacks_what_a_run_asks_of_it_ends_the_run_at_its_start(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    def read(*rows: dict[str, str]) -> QuestionSet:
+        path = tmp_path / "some.jsonl"
+        path.write_text("\n".join(json.dumps(row) for row in rows))
+        parts = [SourceConfig(str(path), questions=len(rows))]
+        return load_questions(replace(config(EASY, heldout=3), mixture=parts), tokenizer)
+
+    whole = {"prompt": "a?", "answer": "1", "demonstration": "1"}
+    check_complete(read(whole), graded=True, demonstrated=True)
+    unanswered = read(whole, {"prompt": "b?", "demonstration": "2"})
+    check_complete(unanswered, graded=False)
+    check_complete(unanswered, graded=True, sampled=False, demonstrated=True)
+    with pytest.raises(ValueError, match=r"1 of 2 training questions have no gold answer, .* 'some-1'"):
+        check_complete(unanswered, graded=True)
+    with pytest.raises(ValueError, match=r"2 of 2 held-out .* no gold .*data\.heldout_columns\.answer"):
+        check_complete(replace(unanswered, heldout=[unanswered.train[1]] * 2), graded=True, sampled=False)
+    bare = read(whole, {"prompt": "b?", "answer": "2"})
+    check_complete(bare, graded=True)
+    with pytest.raises(ValueError, match=r"1 of 2 training questions have no demonstration, .* 'some-1'"):
+        check_complete(bare, graded=True, demonstrated=True)
 
 
 def test_a_files_system_message_is_kept_dropped_or_replaced(

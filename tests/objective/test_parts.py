@@ -142,6 +142,21 @@ def test_engine_corrections_by_hand(name: str, expected: list[list[float]]) -> N
     torch.testing.assert_close(-out.token_weight, torch.tensor(expected, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("level", ["token", "sequence", "geometric"])
+def test_a_demonstration_which_no_engine_wrote_is_not_corrected(level: str) -> None:
+    old_logp = torch.full((2, 2), -1.0, dtype=torch.float64)
+    batch = TokenBatch(
+        logp=old_logp,
+        old_logp=old_logp,
+        rollout_logp=torch.tensor([[-2.0, -2.0], [0.0, 0.0]], dtype=torch.float64),
+        mask=old_logp < 0,
+        reward=torch.ones(2),
+        source=torch.tensor([0, 1]),
+    )
+    out = algorithm("rft", stabilizer=f"truncated_{level}", aggregation="token_mean")(batch)
+    torch.testing.assert_close(-out.token_weight, torch.tensor([[2.0, 2.0], [1.0, 1.0]], dtype=torch.float64))
+
+
 def test_a_correction_without_the_engines_log_probabilities_says_so() -> None:
     batch = preference_batch([0, 0, 1, 1], [0.0, 1.0, 0.0, 1.0])
     with pytest.raises(ValueError, match=r"trainer/engine gap needs TokenBatch\.old_logp"):
