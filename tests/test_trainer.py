@@ -91,14 +91,13 @@ def test_a_model_is_sampled_with_the_stop_tokens_it_is_evaluated_with(
     }
 
 
-def test_a_replica_without_questions_keeps_those_company_that_share_its_experts(tmp_path: Path) -> None:
+def test_a_replica_without_questions_keeps_those_company_that_share_its_experts() -> None:
     engine, layout = Recording(), replica(dp_rank=1, dp_size=2)
     layout.from_rank_zero = lambda value: [0]
     cfg = EvalConfig(model="m", benchmarks=["b"], max_new_tokens=8, greedy=False)
     rewards: Any = engine
-    Evaluator(cfg, layout, engine, byte_tokenizer(), rewards, None).run(
-        [Benchmark("b", "b.json", "math", 1, QUESTIONS, "")]
-    )
+    evaluator = Evaluator(cfg, layout, engine, byte_tokenizer(), rewards, None)
+    evaluator.run([Benchmark("b", "b.json", "math", 1, QUESTIONS, "")])
     assert [prompts for prompts, _ in engine.asked] == [0]
 
 

@@ -185,18 +185,18 @@ def evaluate(cfg: EvalConfig, layout: Layout, timer: PhaseTimer) -> None:
 
 
 def longest_response(cfg: EvalConfig, benchmarks: Sequence[Benchmark]) -> int:
-    """In tokens. Raises ConfigError where the longest prompt leaves none of the model's positions."""
-    if cfg.max_new_tokens is not None:
-        return cfg.max_new_tokens
+    """In tokens. Raises ConfigError where the longest prompt leaves too few of the model's positions."""
     positions: int = read_config(Path(cfg.model))["max_position_embeddings"]
     longest = max((q for one in benchmarks for q in one.questions), key=lambda q: len(q.prompt_tokens))
     left = positions - len(longest.prompt_tokens)
-    if left < 1:
+    wanted = cfg.max_new_tokens
+    if left < (wanted or 1):
+        lower = f"set max_new_tokens, which is {wanted}, to {left}, or " if wanted and left > 0 else ""
         raise ConfigError(
             f"{longest.id} is a prompt of {len(longest.prompt_tokens)} tokens and the model has {positions} "
-            "positions for prompt and response; leave that benchmark out"
+            f"positions for prompt and response; {lower}leave that benchmark out"
         )
-    return min(left, LONGEST_RESPONSE)
+    return wanted or min(left, LONGEST_RESPONSE)
 
 
 def _keep_asked(file: Path, model: Path, benchmarks: Sequence[Benchmark], has_responses: bool) -> None:

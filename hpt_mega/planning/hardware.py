@@ -53,10 +53,11 @@ class Efficiency:
     """What software reaches of the data sheet.
 
     The first three are fitted, on the eight published rows of tests/planning/published.py (moe_host_s by the
-    one row with experts: it stands for whatever keeps small experts from using a GPU, launches above all). The others are
-    typical figures of the kernels or libraries named, set once and not fitted row by row; exposed and
-    step_host_s were chosen with the dense rows in view. bench/results/planner.md has the errors, with each
-    row left out too. Nothing about rollouts is fitted: public figures of them do not state their lengths.
+    one row with experts: it stands for whatever keeps small experts from using a GPU, launches above all).
+    The others are typical figures of the kernels or libraries named, set once and not fitted row by row;
+    exposed and step_host_s were chosen with the dense rows in view. bench/results/planner.md has the errors,
+    with each row left out too. Nothing about rollouts is fitted: public figures of them do not state their
+    lengths.
     """
 
     gemm_bf16: float = 0.80  # of the peak, by a product large enough that only compute counts

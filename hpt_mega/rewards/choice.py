@@ -16,7 +16,7 @@ _WRAPPING = re.compile(
 _OPTION = r"(?:(?:the\s+)?(?:correct\s+)?(?:option|choice|answer)\s*(?:is\s*)?:?\s*)?"
 
 
-def _patterns(letters: str) -> tuple[re.Pattern[str], re.Pattern[str], re.Pattern[str]]:
+def _patterns(letters: str) -> tuple[re.Pattern[str], ...]:
     letter = rf"\(?\s*([{letters}])\s*(?:\)|(?![A-Za-z0-9'’+^=]))"
     boxed = re.compile(rf"\s*{_OPTION}{letter}\s*(?:[.:),-].*|)\s*", re.IGNORECASE | re.DOTALL)
     stated = re.compile(
@@ -24,7 +24,11 @@ def _patterns(letters: str) -> tuple[re.Pattern[str], re.Pattern[str], re.Patter
         rf"{letter}|(?i:\b(?:option|choice)\s+){letter}(?i:\s+is\s+(?:the\s+)?(?:correct|right|best))"
     )
     alone = re.compile(rf"\s*{letter}\s*[.:)]?\s*")
-    return boxed, stated, alone
+    another = re.compile(
+        rf"\s*\)?\s*(?:[,;/&]|(?:and|or)\b)\s*(?:(?:and|or)\s)?\s*\(?\s*([{letters}])\s*\)?\s*"
+        r"(?:[,;./&]|(?:and|or)\b|$)"
+    )
+    return boxed, stated, alone, another
 
 
 _LETTERS = _patterns("A-J")
@@ -34,18 +38,19 @@ _DIGITS = _patterns("1-9")
 def chosen(response: str, digits: bool = False) -> str | None:
     r"""The letter of the last \boxed{...}, else of the last 'answer is (B)', else one alone at the end.
 
-    None where the response settles on no letter; a box with anything else in it counts as no letter.
+    None where the response settles on no letter, or names two of them as the answer; a box with anything else
+    in it counts as no letter.
     """
-    boxed, stated, alone = _DIGITS if digits else _LETTERS
+    boxed, stated, alone, another = _DIGITS if digits else _LETTERS
     text = response[-TAIL_CHARACTERS:]
     box = last_boxed(text)
     if box is not None:
         match = boxed.fullmatch(" ".join(_WRAPPING.sub("", box).split()))
-        return match[1].upper() if match else None
+        return None if match is None or another.match(match.string, match.end(1)) else match[1].upper()
     text = re.sub(r"[^\S\n]+", " ", re.sub(r"\n\s*", "\n", _WRAPPING.sub("", text))).strip()
     found = list(stated.finditer(text))
     if found:
-        return str(found[-1][1] or found[-1][2]).upper()
+        return None if another.match(text, found[-1].end()) else str(found[-1][1] or found[-1][2]).upper()
     for line in (text.rsplit("\n", 1)[-1], text.split("\n", 1)[0]):
         if match := alone.fullmatch(line):
             return match[1].upper()

@@ -245,10 +245,6 @@ class _Reader:
             return self.name("\\" + name)
         if name in _ACCENTS:
             return self.name(f"{name}({self.raw()})")
-        if name in ("lfloor", "lceil"):
-            tree = self.sum()
-            self.need(rf"\r{name[1:]}")
-            return (name[1:], tree)
         raise UnreadableError(f"\\{name} is not read here")
 
     def function(self, name: str) -> Tree:

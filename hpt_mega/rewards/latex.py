@@ -6,6 +6,7 @@ Words of \text{...} come out between « and », braces of sets as ⦃ and ⦄, c
 from __future__ import annotations
 
 import re
+import unicodedata
 
 _UNICODE = str.maketrans(
     {"−": "-", "–": "-", "—": "-", "×": "*", "·": "*", "⋅": "*", "∗": "*", "÷": "/", "∕": "/", "＝": "=",
@@ -42,6 +43,8 @@ _COMMAND = re.compile(r"\\([A-Za-z]+)\*?")
 _SUPERSCRIPT = re.compile(r"[⁰¹²³⁴⁵⁶⁷⁸⁹⁻]+")
 _NAMES = re.compile(r"\\(?:mathbb|mathcal|mathfrak)\s*\{?([A-Z])\}?")
 _DEGREE = re.compile(r"\^\s*(?:\{\s*(?:\\circ|°)\s*\}|\\circ(?![A-Za-z])|°)|\\circ(?![A-Za-z])")
+_BETWEEN_NUMBERS = re.compile(r"(?<=\d)\s+(?=\d)(?!\d{3}(?!\d))")
+_VULGAR = re.compile("[¼-¾⅐-⅞]")  # ½
 _SPACES = re.compile(r"\\[,;:! ]|~|\\\n")
 _WORDS = re.compile(r"«\s*(?:,?\s*)(and|or)\s*(?:,\s*)?»|(?<![A-Za-z\\])(?:and|or)(?![A-Za-z])")
 _MATH_LETTER = re.compile(r"[A-Za-z]'?")
@@ -57,7 +60,7 @@ def normalise(text: str) -> str:
     r"""The text in one spelling; linear in its length, and never an error."""
     text = text.replace("{,}", ",").replace(r"\$", "¤").replace("$", " ").replace(r"\%", "%")
     text = re.sub(r"(?<=\d)\\[,!;](?=\d{3}(?!\d))", "", text)  # 1\,234
-    text = text.translate(_UNICODE)
+    text = _VULGAR.sub(_as_fraction, text).translate(_UNICODE)
     text = _SUPERSCRIPT.sub(lambda match: f"^{{{match[0].translate(_SUPERSCRIPTS)}}}", text)
     for sign, name in _GREEK.items():
         text = text.replace(sign, name)
@@ -71,6 +74,11 @@ def normalise(text: str) -> str:
     text = _WORDS.sub(" , ", text)
     text = re.sub(r",\s*,", ",", text)
     return re.sub(r"\s+", " ", text).strip().rstrip(".").strip()
+
+
+def _as_fraction(match: re.Match[str]) -> str:
+    top, bottom = unicodedata.normalize("NFKC", match[0]).split("\N{FRACTION SLASH}")
+    return rf"\frac{{{top}}}{{{bottom}}}"
 
 
 def _as_words(match: re.Match[str]) -> str:
@@ -92,7 +100,11 @@ def _as_symbol(match: re.Match[str]) -> str:
 
 
 def squash(text: str) -> str:
-    """Without what only spaces out or marks words: equal squashed texts are the same answer."""
+    """Without what only spaces out or marks words: equal squashed texts are the same answer.
+
+    A space between digits stays, for 2 3/4 is not 23/4, but before the three of 1 000.
+    """
+    text = _BETWEEN_NUMBERS.sub(";", text)
     text = re.sub(r"([\^_])\{(\w)\}", r"\1\2", re.sub(r"[\s«»]", "", text))
     return text.replace("{", "(").replace("}", ")")
 

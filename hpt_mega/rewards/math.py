@@ -39,8 +39,10 @@ _NAMED = re.compile(r"^[A-Za-z]\s*=\s*")
 _DECORATION = re.compile(
     r"\\(?:text|mathrm|textbf)\{[^{}]{0,80}?[A-Za-z][^{}]{0,80}\}|\\[,!;: ]|\\left|\\right|\\?\$|~"
 )
-_OPERATOR = re.compile(r"(?<=[\d)}\s])(?:[-+*×·÷/]|\\times|\\cdot|\\div)(?=[\d(\s\\-])")
-_SCIENTIFIC = re.compile(r"-?\d+(?:\.\d+)?\s*(?:\\times|\\cdot|\*|×)\s*10\s*\^\s*\{?-?\d+\}?")
+_OPERATOR = re.compile(r"(?<=[\d)}\s])(?:[-+*×·÷/]|\\times|\\cdot|\\div)(?=[\d(\s\\+{-])")
+_PRODUCT = re.compile(r"(?<![\w.^}\\])(?:[\d.]+|\(\s*-?[\d.]+\s*\))\s*\(\s*-?[\d.]+\s*\)")  # 12(7)
+_SCIENTIFIC = re.compile(r"-?\d+(?:\.\d+)?\s*(?:\\times|\\cdot|\*|×)\s*\{?10\}?\s*\^\s*\{?-?\d+\}?")
+_MIXED = re.compile(r"-?\d+\s+\d+\s*/\s*\d+")
 
 
 def last_boxed(text: str) -> str | None:
@@ -184,16 +186,18 @@ def quick_verdict(response: str, answer: str) -> Verdict | None:
     """
     answer = unboxed(answer)
     given = final_answer(response)
+    is_boxed = last_boxed(response[-TAIL_CHARACTERS:]) is not None
     if not answer:
         return Verdict(0.0, "the gold answer is empty", given or "")
-    if answer in (given, whole_formula(response), response[:TAIL_CHARACTERS].strip()):
+    whole = response[:TAIL_CHARACTERS].strip()
+    if answer == given or (not is_boxed and answer in (whole_formula(response), whole)):
         return Verdict(1.0, "same text", answer)
     if given is None:
         return Verdict(0.0, "no final answer")
     if len(given) > ANSWER_CHARACTERS:
         why = f"final answer of {len(given)} characters, at most {ANSWER_CHARACTERS} are read"
         return Verdict(0.0, why, given)
-    return _number_verdict(given, answer, last_boxed(response[-TAIL_CHARACTERS:]) is not None)
+    return _number_verdict(given, answer, is_boxed)
 
 
 def _number_verdict(given: str, answer: str, is_boxed: bool) -> Verdict | None:
@@ -202,6 +206,8 @@ def _number_verdict(given: str, answer: str, is_boxed: bool) -> Verdict | None:
     if expected is None:
         return None
     value = plain_number(given)
+    if value is None and _is_unfinished(given):
+        return Verdict(0.0, "an expression that is not worked out", given)
     if value is None and not is_boxed and _PROSE.search(given) and not re.search(r"[\\^/]", given):
         # "42 apples, because ...": the number of the first clause
         numbers = _NUMBER.findall(_CLAUSE.split(given, maxsplit=1)[0])
@@ -213,10 +219,16 @@ def _number_verdict(given: str, answer: str, is_boxed: bool) -> Verdict | None:
                 return None  # their names and units are compared too
             return Verdict(1.0, "same number", given)
         return _another(given, answer)
-    last = given.rsplit("=", 1)[-1]
-    if _OPERATOR.search(last) and not _SCIENTIFIC.match(last.strip()) and not _PROSE.search(last):
-        return Verdict(0.0, "an expression that is not worked out", given)
     return None
+
+
+def _is_unfinished(given: str) -> bool:
+    """Whether what is stated is arithmetic still to be done, however it is spaced, marked or named."""
+    last = _DECORATION.sub(" ", given.rsplit("=", 1)[-1]).strip()
+    last = _UNIT.sub("", last)
+    if _SCIENTIFIC.match(last) or _MIXED.fullmatch(last) or _PROSE.search(last):
+        return False
+    return bool(_OPERATOR.search(last) or _PRODUCT.search(last))
 
 
 def _another(given: str, answer: str) -> Verdict | None:

@@ -171,10 +171,6 @@ _OPERATIONS: dict[str, Callable[..., Number]] = {
     "abs": abs,
     "factorial": _factorial,
     "binomial": _binomial,
-    "floor": lambda a: (
-        Fraction(math.floor(_real(a))) if _is_exact(a) else Fraction(int(mpmath.floor(_real(a))))
-    ),
-    "ceil": lambda a: Fraction(math.ceil(_real(a))) if _is_exact(a) else Fraction(int(mpmath.ceil(_real(a)))),
 }
 
 

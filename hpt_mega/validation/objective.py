@@ -82,8 +82,8 @@ def _advantages(estimator: Estimator) -> Iterator[str]:
         )
     if estimator.penalises_reward and (read := sorted(found & READS_RIGHT_OR_WRONG)):
         yield (
-            f"algorithm={name} reads a reward as right or wrong (advantage {read[0]}), and kl_in=reward takes "
-            "the KL from it, which would make right of wrong; set algorithm.kl_in=loss"
+            f"algorithm={name} reads a reward as right or wrong (advantage {read[0]}), and kl_in=reward "
+            "takes the KL from it, which would make right of wrong; set algorithm.kl_in=loss"
         )
     if estimator.needs_values and (others := sorted(found - OWN - {"gae"})):
         yield (

@@ -235,6 +235,8 @@ def test_without_a_number_a_response_has_what_the_longest_prompt_leaves_of_the_p
     longest = max(len(question.prompt_tokens) for question in benchmarks[0].questions)
     assert longest_response(cfg, benchmarks) == 512 - longest
     assert longest_response(replace(cfg, max_new_tokens=24), benchmarks) == 24
+    with pytest.raises(ConfigError, match=f"set max_new_tokens, which is 500, to {512 - longest}, or leave"):
+        longest_response(replace(cfg, max_new_tokens=500), benchmarks)
     question = replace(benchmarks[0].questions[0], prompt_tokens=(1,) * 512)
     with pytest.raises(ConfigError, match="is a prompt of 512 tokens and the model has 512 positions"):
         longest_response(cfg, [replace(benchmarks[0], questions=[question])])

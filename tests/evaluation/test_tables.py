@@ -59,6 +59,13 @@ def test_a_benchmark_without_published_figures_stands_alone() -> None:
     assert "arXiv" not in markdown(found("mine"), "qwen2_5_math_7b")
 
 
+def test_two_benchmarks_that_one_column_would_hold_keep_their_names() -> None:
+    both = found()
+    both["benchmarks"] = {"math500": found("math500")["benchmarks"]["math500"], **both["benchmarks"]}
+    head, rows = comparison(both, "")
+    assert len(head) == len(rows[-1]) == 3 and head[-1] == "MATH-500"
+
+
 def test_an_average_is_shown_where_all_six_suites_were_asked() -> None:
     whole = found()
     part = whole["benchmarks"]["MATH-500"]

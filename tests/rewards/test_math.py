@@ -73,7 +73,7 @@ def test_a_boxed_integer_is_right_exactly_when_it_is_equal(given_value: int, ans
     assert verdict is not None and verdict.reward == float(given_value == answer)
 
 
-@pytest.mark.parametrize("restated", ["12 + 7", "20-1", r"19 \times 1", "(12) + 7", "38/2 + 0"])
+@pytest.mark.parametrize("restated", ["12 + 7", "20-1", r"19 \times 1", "(12) + 7", "38/2 + 0", "1(19)"])
 def test_restating_the_question_earns_nothing(restated: str) -> None:
     verdict = quick_verdict(f"\\boxed{{{restated}}}", "19")
     assert verdict is not None and verdict.reward == 0.0
