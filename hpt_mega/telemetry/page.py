@@ -48,8 +48,9 @@ figcaption { font-size: .85rem; padding: .25rem .4rem 0; }
 table { border-collapse: collapse; width: 100%; font-size: .92rem; }
 th, td { padding: .5rem .9rem; text-align: left; vertical-align: top; border-top: 1px solid var(--line); }
 tr:first-child > th { border-top: 0; font-size: .8rem; color: var(--muted); font-weight: 600; }
-.numbers :is(th, td):not(:first-child) { text-align: right; white-space: nowrap;
-  font-variant-numeric: tabular-nums; }
+.numbers :is(th, td):not(:first-child) { text-align: right; font-variant-numeric: tabular-nums; }
+.numbers td { white-space: nowrap; }
+.numbers th { vertical-align: bottom; }
 tr.total td { font-weight: 650; }
 .text { white-space: pre-wrap; overflow-wrap: anywhere; max-height: 14rem; overflow-y: auto; }
 td .text { font-size: .88rem; }
