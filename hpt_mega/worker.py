@@ -9,8 +9,9 @@ import json
 import sys
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -173,7 +174,7 @@ def build_engine(
     model = learner.policy.module
     if rollout.engine == "megatron":
         return MegatronEngine(model, layout, vocab_size=shape.vocab_size, max_sequences=rollout.max_sequences)
-    texts = [_probe_text(q, i, rollout.max_new_tokens) for i, q in enumerate(questions[:PROBE_TEXTS])]
+    texts = list(islice(_probe_texts(questions, rollout.max_new_tokens), PROBE_TEXTS))
     sync = WeightSync(model, family, shape, layout, rollout.server.bucket_mib << 20)
     engine = ServedEngine(
         build_fleet(cfg, layout, sync) if layout.is_leader else None,
@@ -190,13 +191,19 @@ def build_engine(
     return engine
 
 
-def _probe_text(question: Question, index: int, longest: int) -> Trajectory:
-    """The question's demonstration, as far as servers take it; without one the second half of its prompt."""
-    prompt, response = question.prompt_tokens, question.demonstration_tokens[:longest]
-    if not response:
-        half = len(prompt) // 2
-        prompt, response = prompt[:half], prompt[half:][:longest]
-    return Trajectory(prompt, response, index, Source.OFFLINE, 0)
+def _probe_texts(questions: Sequence[Question], longest: int) -> Iterator[Trajectory]:
+    """Questions with their demonstrations; where there is none, a prompt's first half with its second.
+
+    A response is cut to less than `longest` tokens, but not below one: a server takes no text of the length
+    of the longest prompt with the longest response, for it could sample nothing more.
+    """
+    for index, question in enumerate(questions):
+        prompt, response = question.prompt_tokens, question.demonstration_tokens
+        if not response:
+            half = len(prompt) // 2
+            prompt, response = prompt[:half], prompt[half:]
+        if prompt:
+            yield Trajectory(prompt, response[: max(1, longest - 1)], index, Source.OFFLINE, 0)
 
 
 def build_learner(cfg: Config, layout: Layout, model: PolicyModel, shape: ModelShape) -> Learner:

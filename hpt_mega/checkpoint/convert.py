@@ -166,7 +166,7 @@ def megatron_to_hf(
             writer.finish()
         copy_companions(companions, folder, specs[HF_EMBEDDING].dtype)
         if (companions / INDEX).is_file() and (folder / INDEX).is_file():
-            shutil.copy2(companions / INDEX, folder / INDEX)
+            shutil.copyfile(companions / INDEX, folder / INDEX)
         finished(folder)
     return Summary(out, len(entries), total, time.monotonic() - begin, resumed)
 
@@ -278,7 +278,7 @@ def _carry_along(source: HFCheckpoint, folder: Path) -> None:
     folder.mkdir(exist_ok=True)
     copy_companions(source.folder, folder, config_dtype(source.config))
     if (source.folder / INDEX).is_file():  # so that the way back gives tensors their files
-        shutil.copy2(source.folder / INDEX, folder / INDEX)
+        shutil.copyfile(source.folder / INDEX, folder / INDEX)
 
 
 def _weight_map(companions: Path) -> dict[str, str] | None:

@@ -5,9 +5,10 @@ How advantages follow from its values is objective/advantage.py's business.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -72,15 +73,20 @@ class Critic:
 def build_critic(model: PolicyModel, policy: PolicyModel, cfg: Config, layout: Layout) -> Critic:
     """The critic around a ValueModel, which starts from the weights of the policy's stage of this layout."""
     for chunk, source in zip(model.chunks, policy.chunks, strict=True):
-        mine = dict(chunk.named_parameters())
+        mine = dict(_tensors(chunk))
         with torch.no_grad():
-            for name, weight in source.named_parameters():
+            for name, tensor in _tensors(source):
                 if not name.startswith("output_layer."):
-                    mine[name].copy_(weight)
+                    mine[name].copy_(tensor)
     whole = replace(cfg.optimizer, lr=cfg.critic.lr, frozen=[], groups=[])
     settings = replace(cfg, optimizer=whole)
     wrapped = wrap_data_parallel(model, settings)
     return Critic(wrapped, build_optimizer(wrapped, settings), cfg.critic.lr, cfg.critic.clip, layout)
+
+
+def _tensors(model: PolicyModel) -> Iterator[tuple[str, Tensor]]:
+    """Parameters, and buffers: a router's bias is one."""
+    return chain(model.named_parameters(), model.named_buffers())
 
 
 def _values_of(microbatch: MicroBatch, model: PolicyModel, hidden_SBH: Tensor, layout: Layout) -> Tensor:

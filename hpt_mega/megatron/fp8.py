@@ -5,6 +5,7 @@ Which layers use them, and where delayed scaling keeps its history, is in precis
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -78,15 +79,16 @@ class Scaling:
     def _vectors(self, x_MK: Tensor, dtype: torch.dtype) -> Tensor:
         """Blocks of consecutive numbers along the last dimension, each with its scale; the last one may be
         short, as it is for Transformer Engine's blockwise kernels."""
-        rows, width = x_MK.shape
+        rows, width = x_MK.shape  # no rows: an expert without tokens
         size = BLOCK if self.recipe == "blockwise" else MX_BLOCK
-        tiles = pad(x_MK.float(), (0, -width % size)).reshape(rows, -1, size)
+        count = math.ceil(width / size)
+        tiles = pad(x_MK.float(), (0, -width % size)).reshape(rows, count, size)
         amax = tiles.abs().amax(-1, keepdim=True)
         if self.recipe == "blockwise":
             scale = power_of_two_below(scale_for(amax, dtype))
         else:
             scale = e8m0_scale_for(amax, dtype)
-        return _round_trip(tiles, scale, dtype, x_MK.dtype).reshape(rows, -1)[:, :width]
+        return _round_trip(tiles, scale, dtype, x_MK.dtype).reshape(rows, count * size)[:, :width]
 
 
 def product(a_MK: Operand, b_KN: Operand) -> Tensor:

@@ -19,7 +19,11 @@ from megatron.core.distributed import (  # isort: skip  (after model.py has made
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
-from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer  # isort: skip
+from megatron.core.optimizer import (  # isort: skip
+    ChainedOptimizer,
+    MegatronOptimizer,
+    get_megatron_optimizer,
+)
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig  # isort: skip
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate  # isort: skip
 from megatron.core.tensor_parallel import layers  # isort: skip
@@ -118,6 +122,10 @@ def build_optimizer(model: DataParallel, cfg: Config) -> MegatronOptimizer:
         fp8_recipe=cfg.precision.fp8.recipe if gathers_fp8(cfg.precision.fp8) else None,
     )
     optimizer = get_megatron_optimizer(settings, list(model.chunks), _overrides(model, cfg.optimizer))
+    # where experts alone are trained, the part of the dense weights is empty on every rank: nothing to save
+    trained = [part for part in optimizer.chained_optimizers if not part.is_stub_optimizer]
+    if len(trained) < len(optimizer.chained_optimizers):
+        optimizer = ChainedOptimizer(trained)
     if settings.fp16:
         share_scale(optimizer)
     model.config.grad_scale_func = optimizer.scale_loss

@@ -6,6 +6,7 @@ Where checkpoints live, when they are complete and which are kept is checkpoint/
 from __future__ import annotations
 
 import random
+from collections.abc import Collection
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,9 @@ from hpt_mega.megatron.saving import StateWriter
 
 from megatron.core import dist_checkpointing  # isort: skip
 from megatron.core.dist_checkpointing.mapping import ShardedObject  # isort: skip
+from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding  # isort: skip
+
+_OPTIMIZER, _CRITIC_OPTIMIZER = "optimizer", "critic_optimizer"  # in a state
 
 # What a distributed optimizer's own buffers follow from, and with them its state as dp_reshardable.
 _BUFFERS_FOLLOW = ("tp", "pp", "vpp", "ep", "etp", "stage_layers", "overlap")
@@ -44,15 +48,16 @@ def begin_save(
 
     `common` is small plain data. With trainer.async_save training may go on before the writer is done.
     """
-    written_as, frozen = cfg.trainer.checkpoint_format, bool(cfg.optimizer.frozen)
+    written_as = cfg.trainer.checkpoint_format
     state = {
-        **_sharded_state(model, optimizer, critic, written_as, frozen=frozen, loading=False),
+        **_sharded_state(model, optimizer, critic, cfg, written_as, loading=()),
         "random": _sharded_random_state(layout),
         "world_size": layout.world_size,
         "written_as": {
             "format": written_as,
             "parallel": asdict(cfg.parallel),
             "trained": _trained(cfg),
+            "stepped": _stepped(optimizer, critic),
         },
         "common": common,
     }
@@ -76,17 +81,17 @@ def load_state(
     if (written_as := saved.get("written_as")) is None:
         raise StateError(f"{folder} does not say in which layout it was written: an earlier version made it")
     _refuse_other_layout(folder, written_as, cfg)
-    frozen = bool(cfg.optimizer.frozen)
-    wanted = _sharded_state(model, optimizer, critic, written_as["format"], frozen=frozen, loading=True)
+    stepped = written_as.get("stepped", (_OPTIMIZER, _CRITIC_OPTIMIZER))
+    wanted = _sharded_state(model, optimizer, critic, cfg, written_as["format"], loading=stepped)
     if saved["world_size"] == layout.world_size:
         wanted["random"] = _sharded_random_state(layout)
     state = dist_checkpointing.load(wanted, str(folder))
     _load_weights(model, state["model"])
     with torch.no_grad():  # megatron-core copies into fp32 parameters that require gradients
-        optimizer.load_state_dict(state["optimizer"])
+        optimizer.load_state_dict(state[_OPTIMIZER])
         if critic is not None:
             _load_weights(critic.model.module, state["critic"])
-            critic.optimizer.load_state_dict(state["critic_optimizer"])
+            critic.optimizer.load_state_dict(state[_CRITIC_OPTIMIZER])
     if "random" in wanted:
         _set_random_state(state["random"])
     common: dict[str, Any] = state["common"]
@@ -131,30 +136,44 @@ def _sharded_state(
     model: PolicyModel,
     optimizer: MegatronOptimizer,
     critic: Critic | None,
+    cfg: Config,
     written_as: str,
     *,
-    frozen: bool,
-    loading: bool,
+    loading: Collection[str],
 ) -> dict[str, Any]:
+    """`loading`: the optimizers whose moments are to be loaded."""
     metadata = {"distrib_optim_sharding_type": written_as}
     # of frozen layers there are no moments, which leaves holes in tensors that hold all layers
-    moments_of = _sharded_weights(model, by_layer=frozen)
+    moments_of = _sharded_weights(model, by_layer=bool(cfg.optimizer.frozen))
     state = {
         "model": _sharded_weights(model),
-        "optimizer": optimizer.sharded_state_dict(moments_of, is_loading=loading, metadata=metadata),
+        _OPTIMIZER: optimizer.sharded_state_dict(
+            moments_of, is_loading=_OPTIMIZER in loading, metadata=metadata
+        ),
     }
     if critic is not None:
         state["critic"] = weights = _sharded_weights(critic.model.module, "critic.")
-        state["critic_optimizer"] = critic.optimizer.sharded_state_dict(
-            weights, is_loading=loading, metadata=metadata
+        state[_CRITIC_OPTIMIZER] = moments = critic.optimizer.sharded_state_dict(
+            weights, is_loading=_CRITIC_OPTIMIZER in loading, metadata=metadata
         )
+        if cfg.parallel.distributed_optimizer and written_as == "dp_reshardable":
+            # its buffers are named by their number, as the policy's are
+            add_prefix_for_sharding(moments, "critic.")
     return state
+
+
+def _stepped(optimizer: MegatronOptimizer, critic: Critic | None) -> list[str]:
+    """The optimizers that have moments: with fp16 all steps so far may have been skipped."""
+    given = {_OPTIMIZER: optimizer} | ({_CRITIC_OPTIMIZER: critic.optimizer} if critic else {})
+    return [
+        name for name, one in given.items() if any(part.optimizer.state for part in one.chained_optimizers)
+    ]
 
 
 def _sharded_weights(model: PolicyModel, prefix: str = "", *, by_layer: bool = False) -> dict[str, Any]:
     """The tensors of all of this rank's chunks; `prefix` is put before their names in the checkpoint, which
     holds one tensor of all layers or one a layer."""
-    metadata = {"non_homogeneous_layers": True} if by_layer else None
+    metadata = {"non_homogeneous_layers": True, "singleton_local_shards": True} if by_layer else None
     return {
         f"{number}.{name.removeprefix(prefix)}": tensor
         for number, chunk in enumerate(model.chunks)

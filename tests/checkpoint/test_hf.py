@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import stat
 from pathlib import Path
 
 import torch
@@ -23,7 +24,9 @@ def test_another_rotary_base_and_number_of_positions_reach_shape_and_export(tmp_
     for folder in (source, out):
         folder.mkdir()
     (source / "config.json").write_text(json.dumps(old))
+    (source / "config.json").chmod(0o444)
     copy_companions(source, out, torch.bfloat16, rope_theta=40000.0, max_positions=16384)
+    assert (out / "config.json").stat().st_mode & stat.S_IWUSR  # or only root could change it again
     assert json.loads((out / "config.json").read_text()) == old | {
         "rope_theta": 40000.0,
         "max_position_embeddings": 16384,

@@ -31,6 +31,7 @@ BLOCKS: dict[tuple[str, Role, int], tuple[int, int] | None] = {
     ("mxfp8", "gradient", 0): (32, 1),
 }
 SIZES = [(131, 176), (35, 80)]  # short last blocks both ways
+EMPTY = [(0, 80), (80, 0)]  # an expert without tokens
 
 
 def fp8_numbers(exponent_bits: int, mantissa_bits: int, bias: int, largest: float) -> Tensor:
@@ -112,6 +113,17 @@ def test_an_operand_holds_the_numbers_of_the_recipes_definition(
         expected = reference(x, recipe, numbers, BLOCKS[recipe, role, contracted])
         torch.testing.assert_close(found.values.double() * found.scale, expected, rtol=1e-6, atol=0)
         assert not torch.equal(found.values.double() * found.scale, x.double())
+
+
+@pytest.mark.parametrize("recipe", ["delayed", "tensorwise", "blockwise", "mxfp8"])
+@pytest.mark.parametrize("contracted", [0, 1])
+def test_an_expert_without_tokens_has_empty_operands(recipe: str, contracted: int) -> None:
+    for size in EMPTY:
+        x = torch.zeros(size)
+        found = Scaling(recipe, "e4m3").quantise(
+            x, "input", contracted, own_scale(recipe, x, torch.float8_e4m3fn)
+        )
+        assert found.values.shape == x.shape
 
 
 @pytest.mark.parametrize("recipe", ["delayed", "tensorwise", "blockwise", "mxfp8"])

@@ -14,7 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from hpt_mega.config import Config, OptimizerConfig, ParallelConfig
+from hpt_mega.config import AlgorithmConfig, Config, OptimizerConfig, ParallelConfig
+from tests.checkpoint.families import save_model
 from tests.megatron.tiny import Policy, build_policy, config, leave_job, save_llama, save_mixture
 from tests.ranks import run_ranks
 
@@ -236,3 +237,120 @@ def test_random_numbers_go_on_on_every_rank(layout: str, saved_and_loaded: Found
     before, after = saved[f"{layout}-bf16 tied"], loaded[f"{layout}-{layout}-bf16 tied"]
     assert [rank["draws"] for rank in after] == [rank["draws"] for rank in before]
     assert len({tuple(rank["draws"]) for rank in before}) == len(before)
+
+
+ALONE = ParallelConfig(1, 1, 1)
+SHARDED = ParallelConfig(1, 1, 1, distributed_optimizer=True)
+DENSE = ["embedding", "output_layer", "*layernorm", "*.self_attention", "*.router"]
+ONE_EXPERT = ["decoder.layers.1.mlp.experts.local_experts.2"]
+ODD = {  # layout, dtype, frozen, format
+    "all steps were skipped": (ALONE, "fp16", [], "dp_reshardable"),
+    "experts alone are trained": (ALONE, "fp32", DENSE, "dp_reshardable"),
+    "experts alone, sharded": (SHARDED, "bf16", DENSE, "dp_reshardable"),
+    "an expert is frozen": (ALONE, "fp32", ONE_EXPERT, "dp_reshardable"),
+    "an expert is frozen, sharded": (SHARDED, "fp32", ONE_EXPERT, "fully_reshardable"),
+}
+
+
+def save_and_load_what_is_odd(folder: Path, states: Path) -> dict[str, bool]:
+    """By case whether a loaded state's next step is that of the one that was saved."""
+    from hpt_mega.megatron.optimizer import zero_gradients
+    from hpt_mega.megatron.state import load_state
+    from hpt_mega.megatron.step import update
+
+    found = {}
+    for name, (layout, dtype, frozen, form) in ODD.items():
+        cfg = config(layout, dtype=dtype, optimizer=OptimizerConfig(lr=3e-3, clip_grad=0.0, frozen=frozen))
+        cfg.trainer.checkpoint_format = form
+        policy = build_policy(folder, cfg)
+        if name == "all steps were skipped":
+            zero_gradients(policy.wrapped, policy.optimizer)
+            policy.entries()[0][1].main_grad.fill_(float("inf"))
+            assert update(policy.optimizer) is None
+        else:
+            step(policy, 0)
+        (states / name).mkdir()
+        policy.save(states / name)
+        before = policy.weights()
+        step(policy, 1)
+        expected = policy.weights()
+        leave_job()
+        policy = build_policy(folder, cfg)
+        load_state(states / name, policy.model, policy.optimizer, policy.layout, cfg)
+        step(policy, 1)
+        after = policy.weights()
+        moved = any(not torch.equal(before[key], tensor) for key, tensor in expected.items())
+        found[name] = moved and all(torch.equal(after[key], tensor) for key, tensor in expected.items())
+        leave_job()
+    return found
+
+
+def test_a_state_with_few_moments_or_none_is_loaded(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    folder = save_mixture(tmp_path / "model")
+    (found,) = run_ranks(save_and_load_what_is_odd, 1, tmp_path, folder, tmp_path)
+    assert found == dict.fromkeys(ODD, True)
+
+
+def save_and_load_a_critic(folder: Path, states: Path) -> dict[str, Any]:
+    """Whether the critic begins with the policy's router bias; moments of both that differ after loading."""
+    from hpt_mega.checkpoint.hf import HFCheckpoint
+    from hpt_mega.checkpoint.weights import load_hf
+    from hpt_mega.megatron import runtime
+    from hpt_mega.megatron.model import build_model
+    from hpt_mega.megatron.optimizer import zero_gradients
+    from hpt_mega.megatron.step import update
+    from hpt_mega.resharding.mapping import family_for
+    from hpt_mega.worker import build_learner
+
+    cfg = config(SHARDED)
+    cfg.algorithm = AlgorithmConfig("ppo")
+    layout, checkpoint = runtime.initialize(cfg), HFCheckpoint(folder)
+    family = family_for(checkpoint.config)
+    shape = family.read_shape(checkpoint.config)
+
+    def learner() -> Any:
+        model = build_model(shape, cfg.parallel, layout, torch.float32)
+        load_hf(model, checkpoint, family, shape, layout)
+        return build_learner(cfg, layout, model, shape)
+
+    def moments(optimizer: Any) -> list[Tensor]:
+        parts = [part.optimizer.state for part in optimizer.chained_optimizers]
+        return [state["exp_avg"].clone() for part in parts for state in part.values()]
+
+    first = learner()
+    policy, critic = first.policy, first.critic
+    router = {name: b for name, b in policy.module.named_buffers() if name.endswith("expert_bias")}
+    theirs = dict(critic.model.module.named_buffers())
+    for seed, (model, optimizer) in enumerate(((policy, first.optimizer), (critic.model, critic.optimizer))):
+        zero_gradients(model, optimizer)
+        generator = torch.Generator().manual_seed(seed)
+        for parameter in model.parameters():
+            parameter.main_grad.copy_(torch.randn(parameter.shape, generator=generator))
+        update(optimizer)
+    writer = first.begin_save(states, {})
+    writer.write()
+    writer.complete()
+    second = learner()
+    second.load(states)
+    pairs = [
+        *zip(moments(first.optimizer), moments(second.optimizer), strict=True),
+        *zip(moments(critic.optimizer), moments(second.critic.optimizer), strict=True),
+    ]
+    return {
+        "biases": len(router),
+        "same bias": all(bool(b.any()) and torch.equal(b, theirs[name]) for name, b in router.items()),
+        "moments": len(pairs),
+        "other moments": sum(not torch.equal(a, b) for a, b in pairs),
+    }
+
+
+def test_a_critic_has_the_router_s_bias_and_keeps_its_moments_apart_from_the_policy_s(
+    tmp_path: Path,
+) -> None:
+    for name in ("model", "state"):
+        (tmp_path / name).mkdir()
+    save_model("deepseek_v3", tmp_path / "model")
+    (found,) = run_ranks(save_and_load_a_critic, 1, tmp_path, tmp_path / "model", tmp_path / "state")
+    assert found["biases"] > 0 and found["same bias"]
+    assert found["moments"] > 20 and found["other moments"] == 0
