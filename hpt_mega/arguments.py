@@ -1,10 +1,12 @@
-"""Kinds of values of command-line options, whose refusals say what was given and expected."""
+"""Words of a command line: kinds of option values, whose refusals say what was expected; settings in quotes."""
 
 from __future__ import annotations
 
 import argparse
 import math
+import re
 from collections.abc import Callable
+from pathlib import Path
 
 
 def at_least(least: int) -> Callable[[str], int]:
@@ -31,3 +33,11 @@ def seconds(text: str) -> float:
     if not 0 < given < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r} given, expected seconds above 0")
     return given
+
+
+def quoted(text: str | Path) -> str:
+    """The text as a value that Hydra, and YAML, read back as it is: in quotes where it needs them."""
+    value = str(text)
+    if re.fullmatch(r"[\w./]([\w./@+ -]*[\w./@+-])?", value, re.ASCII):
+        return value
+    return f"'{value}'" if "'" not in value else '"' + value.replace('"', '\\"') + '"'

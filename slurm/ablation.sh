@@ -25,7 +25,8 @@ cd "$HPT_ROOT"
 if [ "${ARGUMENTS[1]:-}" = --report ]; then
   ask sweep-report "$folder"
 elif [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then
-  mapfile -t overrides < <(ask job "$folder" "$SLURM_ARRAY_TASK_ID")
+  listed=$(ask job "$folder" "$SLURM_ARRAY_TASK_ID")
+  mapfile -t overrides <<<"$listed"
   run_training "${overrides[@]}"
 else
   count=$(ask sweep ${DRY_RUN:+--dry-run} "$folder" "${ARGUMENTS[@]:1}")

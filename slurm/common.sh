@@ -149,7 +149,7 @@ run_training() {
     "${LAUNCH[@]}" 2>"$run_dir/logs/srun.log" &
     local child=$!
     # srun passes the signal on to every rank
-    trap 'echo "asked to stop: saving at the end of the step"; kill -USR1 "$child"' USR1
+    trap 'echo "asked to stop: saving at the end of the step"; kill -USR1 "$child" 2>/dev/null || true' USR1
     wait_for "$child" || code=$?
   fi
   trap '' USR1 # nothing is left to save
@@ -204,11 +204,12 @@ job_nodes() {
 # tasks train is in TRAINING_TASKS.
 split_nodes() {
   local -a nodes hosts urls
-  local training port=$((10000 + ${SLURM_JOB_ID:-0} % 10000)) count=$ROLLOUT_NODES
+  local listed training port=$((10000 + ${SLURM_JOB_ID:-0} % 10000)) count=$ROLLOUT_NODES
   TRAINING_TASKS=${SLURM_NTASKS:-1}
   TRAINING=(--ntasks="$TRAINING_TASKS") SERVING=() SERVED=()
   [ "$count" != 0 ] || return 0
-  mapfile -t nodes < <(job_nodes)
+  listed=$(job_nodes)
+  mapfile -t nodes <<<"$listed"
   training=$((${#nodes[@]} - count))
   [ "$training" -ge 1 ] ||
     refuse "ROLLOUT_NODES is $count and the job has ${#nodes[@]} nodes; none is left to train"
@@ -269,8 +270,14 @@ wait_for() {
   while true; do
     code=0
     wait "$1" || code=$?
-    kill -0 "$1" 2>/dev/null || return "$code"
+    kill -0 "$1" 2>/dev/null || break
   done
+  # above 128 may be that of a signal which came just as the child ended; its own is still known
+  if [ "$code" -gt 128 ]; then
+    code=0
+    wait "$1" || code=$?
+  fi
+  return "$code"
 }
 
 # A rank killed from outside may have lost its node, which Slurm notices later than srun. Slurm then ends this

@@ -13,6 +13,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from hpt_mega.arguments import at_least
 from hpt_mega.config import ColumnsConfig, ConfigError, fit, parse_settings
 from hpt_mega.data.files import read_records
 from hpt_mega.data.prepare import Settings, prepare
@@ -65,10 +66,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--template", default="chat", help="chat, qwen_math, llama_base or plain (chat)")
     parser.add_argument("--instruction", default="", help="the system message")
     parser.add_argument("--drop-system", action="store_true", help="leave the data's system messages out")
-    parser.add_argument("--max-prompt-tokens", type=int, default=1024, metavar="N")
-    parser.add_argument("--max-demonstration-tokens", type=int, default=8192, metavar="N")
-    parser.add_argument("--rows", type=int, default=0, metavar="N", help="the first ones (0: all)")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes")
+    parser.add_argument("--max-prompt-tokens", type=at_least(1), default=1024, metavar="N")
+    parser.add_argument("--max-demonstration-tokens", type=at_least(1), default=8192, metavar="N")
+    parser.add_argument("--rows", type=at_least(0), default=0, metavar="N", help="the first ones (0: all)")
+    parser.add_argument(
+        "--workers", type=at_least(1), default=os.cpu_count() or 1, metavar="N", help="processes"
+    )
     parser.add_argument(
         "--benchmarks",
         nargs="*",

@@ -53,7 +53,7 @@ class LabConfig:
         return [(family, size) for family in self.families for size in self.sizes]
 
     def only(self, sizes: list[str], seeds: list[int]) -> LabConfig:
-        """The grid of some of its sizes and seeds."""
+        """The grid of some of its sizes and seeds, each once."""
         given: list[tuple[str, list[Any], list[Any]]] = [
             ("--sizes", sizes, self.sizes),
             ("--seeds", seeds, self.seeds),
@@ -63,7 +63,7 @@ class LabConfig:
                 raise ConfigError(
                     f"{option} {unknown[0]}: not in this lab; known: {', '.join(map(str, known))}"
                 )
-        return replace(self, sizes=sizes, seeds=seeds)
+        return replace(self, sizes=list(dict.fromkeys(sizes)), seeds=list(dict.fromkeys(seeds)))
 
     def ablation(self, name: str) -> LabConfig:
         """The grid of an ablation: its variants in place of the methods, one family and size."""

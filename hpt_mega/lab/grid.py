@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from hpt_mega.arguments import quoted
 from hpt_mega.files import write_atomically, writing_folder
 from hpt_mega.lab.config import LabConfig
 from hpt_mega.lab.exercises import Portion, draw, mixed, write
@@ -121,11 +122,11 @@ def base_models(cfg: LabConfig, folder: Path) -> list[Run]:
         home = folder / BASE / cell
         settings = (
             "experiment=lab/pretrain",
-            f"model.path={folder / 'random' / cell}",
+            f"model.path={quoted(folder / 'random' / cell)}",
             *_data(cfg, folder, "pretraining"),
             *cfg.pretraining[size],
             "resume=auto",
-            f"run_dir={home}",
+            f"run_dir={quoted(home)}",
         )
         jobs = (Job("train", settings, home), _evaluation(cfg, folder, home, [], seed=1))
         runs.append(Run(BASE, cell, cfg.data.seed, home, jobs))
@@ -155,11 +156,11 @@ def _run(cfg: LabConfig, folder: Path, below: str, family: str, size: str, metho
             *_data(cfg, folder, "training"),
             f"trainer.steps={cfg.steps // len(stages)}",
             *cfg.training[size],
-            *(override.replace("{data}", str(folder / "data")) for override in overrides),
-            f"model.path={model}",
+            *(_placed(override, folder) for override in overrides),
+            f"model.path={quoted(model)}",
             f"seed={seed * 100 + number}",  # the stages ask different questions
             "resume=auto",
-            f"run_dir={run_dir}",
+            f"run_dir={quoted(run_dir)}",
         )
         jobs.append(Job("train", settings, run_dir))
         model = run_dir / "hf"
@@ -167,6 +168,13 @@ def _run(cfg: LabConfig, folder: Path, below: str, family: str, size: str, metho
     jobs.append(_evaluation(cfg, folder, home, [one for stage in stages for one in stage], seed=1234))
     is_reference = stages == HPT
     return Run(method, cell, seed, home, tuple(jobs), _counts_of_base(folder, cell), outside, is_reference)
+
+
+def _placed(override: str, folder: Path) -> str:
+    """The override with the folder of questions in place of {data}."""
+    key, _, value = override.partition("=")
+    is_path = "{data}" in value
+    return f"{key}={quoted(value.replace('{data}', str(folder / 'data')))}" if is_path else override
 
 
 def _counts_of_base(folder: Path, cell: str) -> Path:
@@ -179,8 +187,8 @@ def _evaluation(cfg: LabConfig, folder: Path, home: Path, overrides: Sequence[st
     of its samples, a model that is no better would miss in the same draws too."""
     given = dict(override.split("=", 1) for override in overrides)
     settings = (
-        f"model={home / 'hf'}",
-        f"benchmarks=[{_file(folder, 'heldout')}]",
+        f"model={quoted(home / 'hf')}",
+        f"benchmarks=[{quoted(_file(folder, 'heldout'))}]",
         f"k={cfg.samples}",
         f"seed={seed}",
         "temperature=1.0",
@@ -192,7 +200,7 @@ def _evaluation(cfg: LabConfig, folder: Path, home: Path, overrides: Sequence[st
         f"max_new_tokens={given.get('rollout.max_new_tokens', 64)}",
         "max_sequences=512",
         "questions_per_batch=50",
-        f"run_dir={home / 'eval'}",
+        f"run_dir={quoted(home / 'eval')}",
     )
     return Job("eval", settings, home / "eval")
 
@@ -200,9 +208,9 @@ def _evaluation(cfg: LabConfig, folder: Path, home: Path, overrides: Sequence[st
 def _data(cfg: LabConfig, folder: Path, name: str) -> tuple[str, ...]:
     portions = _portions(cfg)
     return (
-        f"data.train_file={_file(folder, name)}",
+        f"data.train_file={quoted(_file(folder, name))}",
         f"data.train_questions={_count(portions[name])}",
-        f"data.heldout_file={_file(folder, 'heldout')}",
+        f"data.heldout_file={quoted(_file(folder, 'heldout'))}",
         f"data.heldout_questions={_count(portions['heldout'])}",
     )
 

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from hpt_mega.arguments import quoted
 from hpt_mega.config import ConfigError, compose
 from hpt_mega.files import write_atomically
 
 JOBS = "jobs.jsonl"
+# a value's characters, but that what a backslash or quotes protect is one
+_PARTS = re.compile(r"""\\.|'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*"|.""", re.DOTALL)
 
 
 def expand(overrides: Sequence[str]) -> list[list[str]]:
-    """Every combination of values with commas, as Hydra's --multirun; what brackets hold is one value."""
+    """Every combination of values with commas, as Hydra's --multirun; brackets and quotes hold one value."""
     swept = []
     for override in overrides:
         key, equals, values = override.partition("=")
@@ -25,14 +29,14 @@ def expand(overrides: Sequence[str]) -> list[list[str]]:
 
 
 def _split(values: str) -> list[str]:
-    """At the commas outside all brackets."""
+    """At the commas outside all brackets and quotes."""
     parts, depth = [""], 0
-    for character in values:
-        depth += (character in "[{(") - (character in "]})")
-        if character == "," and depth == 0:
+    for part in _PARTS.findall(values):
+        depth += (part in "[{(") - (part in "]})")
+        if part == "," and depth == 0:
             parts.append("")
         else:
-            parts[-1] += character
+            parts[-1] += part
     return parts
 
 
@@ -57,8 +61,13 @@ def write_jobs(folder: Path, jobs: Sequence[Sequence[str]]) -> None:
 
 
 def read_job(folder: Path, index: int) -> list[str]:
-    """The overrides of a job, with a run_dir of its own."""
-    return [*_jobs(folder)[index], f"run_dir={folder}/{index}"]
+    """The overrides of a job, with a run_dir of its own. Raises ConfigError where there is no such job."""
+    jobs = _jobs(folder)
+    if not 0 <= index < len(jobs):
+        raise ConfigError(
+            f"got job {index} of {folder / JOBS}, expected 0 to {len(jobs) - 1}; submit the sweep anew"
+        )
+    return [*jobs[index], f"run_dir={quoted(f'{folder}/{index}')}"]
 
 
 def unfinished(folder: Path) -> list[str]:
@@ -71,4 +80,11 @@ def unfinished(folder: Path) -> list[str]:
 
 
 def _jobs(folder: Path) -> list[list[str]]:
-    return [json.loads(line) for line in (folder / JOBS).read_text().splitlines()]
+    try:
+        lines = (folder / JOBS).read_text().splitlines()
+    except OSError as error:
+        raise ConfigError(
+            f"cannot read {folder / JOBS}: {error.strerror}; expected the folder of a sweep, which "
+            "`bash slurm/ablation.sh FOLDER KEY=VALUE,VALUE...` makes"
+        ) from error
+    return [json.loads(line) for line in lines]

@@ -112,6 +112,26 @@ def test_a_grid_can_be_done_size_by_size(tmp_path: Path) -> None:
         cfg.only(cfg.sizes, [1, 9])
 
 
+def test_a_size_or_seed_that_is_named_twice_is_done_once() -> None:
+    chosen = read("full").only(["5m", "1m", "5m"], [2, 1, 2])
+    assert (chosen.sizes, chosen.seeds) == (["5m", "1m"], [2, 1])
+
+
+@pytest.mark.parametrize("name", ["swü", "x=1, [a]"])
+def test_a_lab_may_have_any_folder(name: str, tmp_path: Path) -> None:
+    cfg, folder = read("full"), tmp_path / name
+    trained = runs(cfg.ablation("demonstrations"), folder, "m")[-1]
+    for run, questions in ((base_models(cfg, folder)[0], "pretraining"), (trained, "verified")):
+        (config,) = configs(run)
+        assert config.run_dir == str(run.folder)
+        assert Path(config.model.path).is_relative_to(folder)
+        assert config.data.train_file == f"{folder}/data/{questions}.jsonl"
+        assert config.data.heldout_file == f"{folder}/data/heldout.jsonl"
+        asked = compose_evaluation(run.jobs[-1].settings)
+        assert (asked.model, asked.run_dir) == (f"{run.folder}/hf", f"{run.folder}/eval")
+        assert asked.benchmarks == [f"{folder}/data/heldout.jsonl"]
+
+
 def test_an_ablation_on_a_chosen_size_and_seed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     chosen = ["--ablation", "threshold", "--sizes", "5m", "--seeds", "2"]
     assert main(["lab", *chosen, "--out", str(tmp_path), "--dry-run"]) == 0

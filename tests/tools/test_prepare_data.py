@@ -47,6 +47,25 @@ def test_what_cannot_be_read_is_refused_with_what_was_expected(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "least"),
+    [
+        ("--max-prompt-tokens", "0", 1),
+        ("--max-demonstration-tokens", "-1", 1),
+        ("--max-demonstration-tokens", "0", 1),
+        ("--rows", "-1", 0),
+        ("--workers", "0", 1),
+    ],
+)
+def test_a_number_out_of_range_is_refused_by_its_option(
+    option: str, value: str, least: int, tool: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        tool.main(["--data", "a.jsonl", "--tokenizer", "t", "--out", "o", option, value])
+    expected = f"argument {option}: '{value}' given, expected a whole number of {least} or above"
+    assert expected in capsys.readouterr().err
+
+
 def test_a_tokenizer_is_looked_for_on_this_machine_only(
     tool: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
