@@ -40,6 +40,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = _parser()
     options, unknown = parser.parse_known_args(arguments)
+    settings = getattr(options, "overrides", getattr(options, "settings", None))
+    if settings is not None:  # argparse leaves those after an option where others stand before it
+        settings += (late := [word for word in unknown if "=" in word and word[0] != "-"])
+        unknown = [word for word in unknown if word not in late]
     if unknown:
         takes = "; it takes KEY=VALUE, for instance " if hasattr(options, "overrides") else ""
         example = "trainer.steps=5 or experiment=demo" if takes else ""

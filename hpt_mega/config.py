@@ -330,7 +330,7 @@ def compose(overrides: Iterable[str]) -> Config:
         with initialize_config_dir(str(conf_dir()), version_base="1.3", job_name="hpt"):
             composed = hydra_compose("config", overrides=checked)
         config = OmegaConf.to_object(composed)
-    except (HydraException, OmegaConfBaseException, YAMLError) as error:
+    except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:
         raise ConfigError(_explain(error)) from error
     assert isinstance(config, Config)
     return config
@@ -349,10 +349,19 @@ def native_dtype() -> str:
     )
 
 
-def save(config: object, path: Path) -> None:
+def save(config: Any, path: Path) -> None:
     """Write a config (any dataclass) as YAML; the file is complete whenever it exists."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, OmegaConf.to_yaml(OmegaConf.structured(config)))
+    write_atomically(path, OmegaConf.to_yaml(OmegaConf.create(_escaped(asdict(config)))))
+
+
+def _escaped(node: Any) -> Any:
+    """The values such that reading them gives their texts back, "${" and the backslashes before it too."""
+    if isinstance(node, dict):
+        return {key: _escaped(value) for key, value in node.items()}
+    if isinstance(node, list):
+        return [_escaped(value) for value in node]
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", node) if isinstance(node, str) else node
 
 
 def load(path: Path) -> Config:
@@ -423,7 +432,12 @@ def _checked_override(override: str) -> str:
             raise ConfigError(
                 f"{override}: conf/{key} is another command's; groups to choose from: {', '.join(groups)}"
             )
-        if value not in (*choices, "null"):
+        if value == "null":
+            raise ConfigError(
+                f"{override}: a group cannot be empty; leave it out for the default, or choose from: "
+                f"{', '.join(choices)}"
+            )
+        if value not in choices:
             raise ConfigError(
                 f"{key}={value}: no such choice{did_you_mean(value, choices)}; known: {', '.join(choices)}"
             )
@@ -433,7 +447,7 @@ def _checked_override(override: str) -> str:
         raise ConfigError(
             f"got {override!r}; a name comes with its options, so choose it by {section}={value}"
         )
-    if section in _OPTION_SECTIONS and rest and not rest.startswith("options."):
+    if section in _OPTION_SECTIONS and rest and rest.partition(".")[0] != "options":
         return f"++{section}.options.{rest}={value}"
     expected = _type_at(key)
     if is_dataclass(expected):
@@ -508,13 +522,12 @@ def _shown(value: Any) -> str:
 def _explain(error: BaseException, schema: Any = Config) -> str:
     """A sentence from what Hydra or OmegaConf raised, in the terms of the schema where it names a key."""
     if isinstance(error, OverrideParseException):
-        given = error.override.lstrip("+")
-        key, _, value = given.partition("=")
-        quoted = 'key="a=b"' if value[:1] in ("[", "{") or '"' in value else f'{key}="{value}"'
-        reason = str(error).splitlines()[0]
-        if reason.startswith("LexerNoViableAlt"):  # which says no more than its name
-            reason = "a character that only a quoted value may hold"
-        return f"cannot read {given!r}: {reason}; quote a value with special characters: '{quoted}'"
+        return _unreadable(error.override.lstrip("+"), str(error).splitlines()[0])
+    if swept := re.match(r"(?:Ambiguous|Sweep) .*? '\+*(.*?)'(?:\n1\. To| requires)", str(error), re.DOTALL):
+        return (
+            f"{swept[1]}: several values, expected one; quote a text with commas: '{_quoted(swept[1])}', put "
+            "a list in brackets, or sweep with slurm/ablation.sh"
+        )
     if isinstance(error, YAMLError):
         return " ".join(str(error).split())  # with the file and the line
     cause: BaseException | None = error
@@ -537,6 +550,18 @@ def _explain(error: BaseException, schema: Any = Config) -> str:
     if nested := re.match("Cannot convert '(?:dict|list|DictConfig|ListConfig)' to string: '(.*)'", what):
         return f"{key}: got {nested[1]}, expected a text; quote it twice: '{key}=\"a: b\"'"
     return f"{key}: {what}; expected {_describe(declared)}"
+
+
+def _unreadable(given: str, reason: str) -> str:
+    if reason.startswith("LexerNoViableAlt"):  # which says no more than its name
+        reason = "a character that only a quoted value may hold"
+    return f"cannot read {given!r}: {reason}; quote a value with special characters: '{_quoted(given)}'"
+
+
+def _quoted(override: str) -> str:
+    """The override with its value in quotes; an example where the value would need more than these."""
+    key, _, value = override.partition("=")
+    return 'key="a=b"' if value[:1] in ("[", "{") or '"' in value else f'{key}="{value}"'
 
 
 def _unknown_key(key: str, what: str, holder: Any, schema: Any) -> str:

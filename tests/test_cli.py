@@ -45,7 +45,22 @@ def test_a_misspelt_key_is_an_error_of_one_line(capsys: pytest.CaptureFixture[st
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
+        (["dryrun", "experiment=tiny", "--ranks", "0", "algorithm=pppo"], "algorithm=pppo: no such choice"),
+        (["plan", "gpus=8", "--json", "modell=a"], "unknown key modell"),
+    ],
+)
+def test_settings_may_stand_on_both_sides_of_an_option(
+    arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == CONFIG_ERROR
+    assert expected in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
         (["train", "--steps", "5"], "hpt train: unrecognized arguments: --steps; it takes KEY=VALUE"),
+        (["dryrun", "--nope", "seed=1"], "hpt dryrun: unrecognized arguments: --nope; it takes KEY=VALUE"),
         (["grade", "--file", "a", "--out", "b", "--workers", "0"], "--workers: '0' given, expected a whole"),
         (
             ["grade", "--file", "a", "--out", "b", "--memory-mib", "1"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ from hpt_mega.config import Config, ConfigError, changes, compose, conf_dir, fit
 from hpt_mega.lab.config import LabConfig
 from hpt_mega.objective import algorithm, rows
 from hpt_mega.scheduler import gate
+
+GROUPS = ("experiment", "model", "gate", "data", "rollout", "algorithm")
 
 
 def test_an_override_changes_its_key_and_nothing_else() -> None:
@@ -59,6 +62,11 @@ def test_a_part_of_an_algorithm_is_swapped_by_its_name() -> None:
     assert (row.parts.stabilizer, row.options.clip_high, row.options.clip_low) == ("cis_mask", 0.28, 0.2)
 
 
+def test_options_may_be_given_together_beside_those_that_a_name_brings() -> None:
+    cfg = compose(["algorithm=grpo", "algorithm.options={clip_high: 0.28}", "gate.options={threshold: 0.5}"])
+    assert cfg == compose(["algorithm=grpo", "algorithm.clip_high=0.28", "gate.threshold=0.5"])
+
+
 def test_an_algorithm_brings_its_gate_and_the_command_line_overrules_it() -> None:
     assert compose(["algorithm=grpo"]).gate.options == {"threshold": -1.0}
     assert compose(["algorithm=luffy"]).gate.name == "soft"
@@ -71,6 +79,24 @@ def test_a_saved_config_is_loaded_as_it_was(tmp_path: Path) -> None:
     assert load(tmp_path / "run" / "config.yaml") == cfg
     assert cfg.gate.options == {"threshold": 0.25}
     assert cfg.data.tasks[0].weight == 3.0
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["plain", r"\boxed{a}", "${seed}", r"\${x}", r"\\${x} \${y}", "a${b}c", "${answer}", "${", "a: {b}\n"],
+)
+def test_a_saved_text_is_loaded_as_it_was_whatever_it_holds(text: str, tmp_path: Path) -> None:
+    cfg = compose([])
+    cfg.data.instruction, cfg.optimizer.frozen = text, [text]
+    cfg.algorithm.options["note"] = text
+    cfg.data.tasks[0].options["note"] = text
+    save(cfg, tmp_path / "config.yaml")
+    assert load(tmp_path / "config.yaml") == cfg
+
+
+def test_an_escaped_interpolation_survives_its_run_folder(tmp_path: Path) -> None:
+    save(compose([r"data.instruction=\${seed}"]), tmp_path / "config.yaml")
+    assert load(tmp_path / "config.yaml").data.instruction == "${seed}"
 
 
 @pytest.mark.parametrize(
@@ -87,6 +113,10 @@ def test_a_saved_config_is_loaded_as_it_was(tmp_path: Path) -> None:
         ("gate.threshold=high", "expected a number"),
         ("parallel.pp=2,3", "parallel.pp=2,3"),
         ("run_dir=a=b", "quote a value"),
+        ("run_dir=runs/a,b", "expected one; quote a text with commas: 'run_dir=\"runs/a,b\"'"),
+        ("gate.threshold=1,2", "gate.options.threshold=1,2: several values, expected one"),
+        ("seed=choice(1,2)", "or sweep with slurm/ablation.sh"),
+        *((f"{group}=null", f"{group}=null: a group cannot be empty; leave it out") for group in GROUPS),
         ("trainer=4", "trainer.steps"),
         ("algorithm=grp", "did you mean grpo"),
         ("algorithm.name=grpo", "algorithm=grpo"),
@@ -112,6 +142,16 @@ def test_a_wrong_override_is_told_what_was_expected(override: str, expected: str
     with pytest.raises(ConfigError) as refused:
         compose([override])
     assert expected in str(refused.value)
+
+
+def test_a_file_of_conf_that_hydra_cannot_use_is_no_traceback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    conf = shutil.copytree(conf_dir(), tmp_path / "conf")
+    (conf / "experiment" / "mine.yaml").write_text("defaults: [{a: b, c: d}]\n")
+    monkeypatch.setattr("hpt_mega.config.conf_dir", lambda: conf)
+    with pytest.raises(ConfigError, match="experiment/mine: Too many keys"):
+        compose(["experiment=mine"])
 
 
 def test_a_wrong_override_leaves_no_trace_for_the_next_composition() -> None:
