@@ -96,9 +96,7 @@ def as_json(cfg: Config, found: Findings) -> dict[str, Any]:
             {"rank": built.rank, "stage": built.stage, "layers": built.layers, "parameters": built.parameters}
             for built in found.ranks
         ],
-        "stages": [
-            stage.training.parts() | {"engine": stage.engine, "total": stage.total} for stage in found.stages
-        ],
+        "stages": [stage.parts() | {"total": stage.total} for stage in found.stages],
     }
 
 
@@ -133,10 +131,10 @@ _TITLE = "a GPU of each stage, GiB of"
 def _rows(found: Findings) -> list[list[str]]:
     """A head, and a row a stage."""
     built_by_stage = {built.stage: built for built in reversed(found.ranks)}
-    rows = [["stage", "layers", "parameters", *found.stages[0].training.parts(), "engine", "total"]]
+    rows = [["stage", "layers", "parameters", *found.stages[0].parts(), "total"]]
     for index, stage in enumerate(found.stages):
         built = built_by_stage.get(index)
-        numbers = [*stage.training.parts().values(), stage.engine, stage.total]
+        numbers = [*stage.parts().values(), stage.total]
         layers, parameters = (_span(built.layers), f"{built.parameters / 1e9:.3f} B") if built else ("", "")
         rows.append([str(index), layers, parameters, *(f"{gib:.1f}" for gib in numbers)])
     return rows

@@ -10,10 +10,12 @@ from typing import Any
 
 from hpt_mega import planning
 from hpt_mega.config import Config
+from hpt_mega.objective import algorithm
 from hpt_mega.planning import Hardware
 from hpt_mega.planning.memory import GIB, RUNTIME_GIB, stage_memories
 from hpt_mega.planning.rollout import kv_bytes_per_token
 from hpt_mega.resharding.mapping import ModelShape
+from hpt_mega.scheduler import gate
 
 
 @dataclass(frozen=True)
@@ -23,13 +25,16 @@ class Stage:
     training: planning.Memory
     engine: float  # the embedded engine's KV cache at its largest, or the share of a server on the same GPUs
     engine_stays: bool  # in memory while the trainer works
+    beside: dict[str, float]  # the policy: critic and reference model, where the algorithm asks for them
 
     @property
     def total(self) -> float:
         """Of the fuller of the two phases; while the engine decodes, gradients and optimizer stay put."""
-        held = self.training.weights + self.training.gradients + self.training.optimizer
         training = self.training.total + (self.engine if self.engine_stays else 0.0)
-        return max(training, held + RUNTIME_GIB + self.engine)
+        return sum(self.beside.values()) + max(training, self.training.held + RUNTIME_GIB + self.engine)
+
+    def parts(self) -> dict[str, float]:
+        return self.training.parts() | self.beside | {"engine": self.engine}
 
 
 @dataclass(frozen=True)
@@ -55,20 +60,31 @@ class Batch:
 
 def batch(cfg: Config) -> Batch:
     """At most: every sequence as long as it may be, every demonstration in the batch too."""
-    trainer, rollout = cfg.trainer, cfg.rollout
+    trainer, rollout, parallel = cfg.trainer, cfg.rollout, cfg.parallel
     response = max(rollout.max_new_tokens, cfg.data.max_demonstration_tokens)
     longest = cfg.data.max_prompt_tokens + response
     row = max(trainer.tokens_per_microbatch, longest)
-    questions = trainer.questions_per_step // cfg.parallel.dp
-    sequences = questions // trainer.updates_per_step * max(1, rollout.rollouts_per_question)
+    # as Learner deals questions out over updates, and plan_microbatches sequences over all replicas
+    sequences = -(-trainer.questions_per_step // trainer.updates_per_step) * _sequences_of_question(cfg)
+    multiple = parallel.pp if parallel.vpp > 1 else 1
+    rounds = -(-sequences // (row // longest * parallel.dp * multiple))
     return Batch(
-        questions=questions,
+        questions=trainer.questions_per_step // parallel.dp,
         rollouts=trainer.questions_per_step * rollout.rollouts_per_question,
         longest=longest,
         row=row,
-        microbatches=-(-sequences // (row // longest)),
+        microbatches=(rounds + rounds // 64) * multiple,  # plan_microbatches leaves itself some play
         epochs=trainer.steps * trainer.questions_per_step / cfg.data.train_questions,
     )
+
+
+def _sequences_of_question(cfg: Config) -> int:
+    """At most: the gate may keep rollouts and demonstration, or one of them."""
+    rollouts = cfg.rollout.rollouts_per_question
+    if algorithm(cfg.algorithm.name, **cfg.algorithm.options).trains_on_pairs:
+        return max(1, rollouts)
+    alpha, beta = gate(cfg.gate.name, **cfg.gate.options).at_every_rate(rollouts)
+    return max(1, int((rollouts * (alpha > 0) + (beta > 0)).max()))
 
 
 def stages(cfg: Config, shape: ModelShape, gpu: Hardware) -> list[Stage]:
@@ -82,30 +98,48 @@ def stages(cfg: Config, shape: ModelShape, gpu: Hardware) -> list[Stage]:
         seq=-(-cut.row // multiple) * multiple,
         precision=_planned_precision(cfg),
         distributed_optimizer=parallel.distributed_optimizer,
+        number_bytes=_number_bytes(cfg),
     )
     layout = planning.Layout(
         **{key: getattr(parallel, key) for key in ("tp", "pp", "vpp", "cp", "ep", "etp", "recompute")}
     )
     found = stage_memories(sized, job, layout)
+    beside = _beside(cfg, found, stage_memories(sized, job, layout, output=False))
     server, embedded = cfg.rollout.server, cfg.rollout.engine == "megatron"
     engine = 0.0  # on other GPUs
     if embedded:
         cached = cfg.rollout.max_sequences * cut.longest
-        engine = cached * kv_bytes_per_token(sized, parallel.tp) / parallel.pp / GIB
+        engine = cached * kv_bytes_per_token(sized, parallel.tp, job.number_bytes) / parallel.pp / GIB
     elif not server.urls:
         engine = server.gpu_memory_share * gpu.memory_gib
-    return [Stage(training, engine, not embedded and not server.sleep) for training in found]
+    stays = not embedded and not server.sleep
+    return [Stage(training, engine, stays, models) for training, models in zip(found, beside, strict=True)]
+
+
+def _beside(
+    cfg: Config, policy: list[planning.Memory], critic: list[planning.Memory]
+) -> list[dict[str, float]]:
+    """GiB of each stage's models beside the policy.
+
+    The critic learns before the policy does (Learner): its activations are never there with the policy's.
+    """
+    estimator = algorithm(cfg.algorithm.name, **cfg.algorithm.options)
+    return [
+        ({"critic": values.held} if estimator.needs_values else {})
+        | ({"reference": trained.weights} if estimator.needs_reference_model else {})
+        for trained, values in zip(policy, critic, strict=True)
+    ]
 
 
 def served(cfg: Config, shape: ModelShape, gpu: Hardware) -> Served | None:
-    """What a server has and needs, its weights in 16 bits; None where the trainer's processes decode."""
+    """What a server has and needs; None where the trainer's processes decode."""
     if cfg.rollout.engine == "megatron":
         return None
-    sized, tp = planned_shape(shape), cfg.rollout.server.tp
+    sized, tp, number_bytes = planned_shape(shape), cfg.rollout.server.tp, _number_bytes(cfg)
     return Served(
         room=cfg.rollout.server.gpu_memory_share * gpu.memory_gib,
-        weights=2 * sized.parameters() / tp / GIB,
-        sequence=kv_bytes_per_token(sized, tp) * batch(cfg).longest / GIB,
+        weights=number_bytes * sized.parameters() / tp / GIB,
+        sequence=kv_bytes_per_token(sized, tp, number_bytes) * batch(cfg).longest / GIB,
     )
 
 
@@ -119,7 +153,7 @@ def planned_shape(shape: ModelShape) -> planning.ModelShape:
             "topk": experts.top_k,
             "expert_ffn": experts.ffn_hidden_size,
             "shared_ffn": experts.shared_ffn_hidden_size or 0,
-            "dense_layers": experts.first_layer,
+            "dense_layers": min(experts.first_layer, shape.num_layers),
         }
     if latent is not None:
         sizes |= {
@@ -146,3 +180,7 @@ def _planned_precision(cfg: Config) -> str:
     """fp8 where a recipe is chosen, whatever it is."""
     fp8 = getattr(cfg.precision, "fp8", None)
     return "fp8" if fp8 is not None and fp8.recipe else "bf16"
+
+
+def _number_bytes(cfg: Config) -> int:
+    return 4 if cfg.precision.dtype == "fp32" else 2

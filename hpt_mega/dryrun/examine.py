@@ -145,10 +145,11 @@ def _fit(found: Sequence[Stage], gpu: Hardware) -> Iterator[str]:
     stage = found[fullest]
     if stage.total <= gpu.memory_gib:
         return
-    parts = stage.training.parts() | {"engine": stage.engine}
+    parts = stage.parts()
     largest = max(parts, key=lambda part: parts[part])
     advice = {
         "activations": "set parallel.recompute=full, or raise parallel.tp or cp",
+        "critic": "set parallel.distributed_optimizer=true, or raise parallel.tp or pp",
         "engine": "lower rollout.max_sequences, or of a server rollout.server.gpu_memory_share",
         "logits": "lower trainer.tokens_per_microbatch or raise parallel.tp",
         "optimizer": "set parallel.distributed_optimizer=true, or raise parallel.tp or pp",

@@ -5,6 +5,7 @@ Which efficiencies were fitted, and on what, is said at `Efficiency`; bench/plan
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -90,9 +91,11 @@ def hardware(name: str, **changes: Any) -> Hardware:
     known = [field.name for field in fields(Hardware) if field.name != "name"]
     if unknown := changes.keys() - set(known):
         raise PlanError(f"unknown figure hardware.{sorted(unknown)[0]}; expected one of {', '.join(known)}")
-    if "gpus_per_node" in changes:
-        changes["gpus_per_node"] = int(changes["gpus_per_node"])
     for figure, value in changes.items():
-        if not value > 0:
-            raise PlanError(f"hardware.{figure}={value}, expected above 0")
+        if not 0 < value < math.inf:
+            raise PlanError(f"hardware.{figure}={value}, expected a finite number above 0")
+    if "gpus_per_node" in changes:
+        if changes["gpus_per_node"] % 1:
+            raise PlanError(f"hardware.gpus_per_node={changes['gpus_per_node']}, expected a whole number")
+        changes["gpus_per_node"] = int(changes["gpus_per_node"])
     return replace(HARDWARE[name], **changes)

@@ -50,6 +50,7 @@ class Job:
     distributed_optimizer: bool = True
     prompt: int = 1024
     rollout_tp: int = 0  # ranks of one engine; 0: the fewest that hold the weights twice over
+    number_bytes: int = 2  # of a weight or activation outside FP8, in memory alone; 4: fp32
 
     def __post_init__(self) -> None:
         for name in ("gpus", "batch", "seq"):

@@ -6,6 +6,7 @@ How a shape is cut over GPUs is in memory.py and throughput.py.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from itertools import pairwise
 from typing import Any
 
 from hpt_mega.planning.job import PlanError
@@ -37,15 +38,16 @@ class ModelShape:
     expert_ffn: int = 0
     shared_ffn: int = 0  # of the shared experts together
     dense_layers: int = 0  # leading layers without experts
-    q_rank: int = 0  # multi-latent attention (arXiv 2405.04434): ranks and parts of a head
+    q_rank: int = 0  # multi-latent attention (arXiv 2405.04434): ranks (0: of whole queries), parts of a head
     kv_rank: int = 0
     rope_dim: int = 0
     full_attention_flops: bool = False
 
     def __post_init__(self) -> None:
-        for size in ("layers", "hidden", "heads", "vocab"):
-            if getattr(self, size) < 1:
-                raise PlanError(f"model.{size}={getattr(self, size)}, expected 1 or above")
+        for size, value in vars(self).items():
+            least = 1 if size in ("layers", "hidden", "heads", "vocab") else 0
+            if value < least:
+                raise PlanError(f"model.{size}={value}, expected {least} or above")
         if not self.head_dim and self.hidden % self.heads:
             raise PlanError(
                 f"model.hidden={self.hidden} is not a multiple of model.heads={self.heads}; "
@@ -58,8 +60,24 @@ class ModelShape:
                 f"model.experts={self.experts} with model.topk={self.topk} and model.expert_ffn="
                 f"{self.expert_ffn}; expected 1 <= topk <= experts and expert_ffn of 1 or above"
             )
+        if self.dense_layers > self.layers:
+            raise PlanError(
+                f"model.dense_layers={self.dense_layers} of model.layers={self.layers}; expected as many as "
+                "there are layers at most: lower model.dense_layers"
+            )
         if not self.experts and self.ffn < 1:
             raise PlanError(f"model.ffn={self.ffn}, expected 1 or above")
+        if self.dense_layers and self.ffn < 1:
+            raise PlanError(
+                f"model.ffn={self.ffn} with model.dense_layers={self.dense_layers}, which have no experts; "
+                "expected model.ffn of 1 or above, or model.dense_layers=0"
+            )
+        if bool(self.kv_rank) != bool(self.rope_dim) or (self.q_rank and not self.kv_rank):
+            raise PlanError(
+                f"model.kv_rank={self.kv_rank} with model.rope_dim={self.rope_dim} and model.q_rank="
+                f"{self.q_rank}; expected kv_rank and rope_dim of 1 or above, or all three 0: multi-latent "
+                "attention needs both, other attention has none"
+            )
 
     @property
     def dim(self) -> int:
@@ -94,9 +112,10 @@ class ModelShape:
         if not self.kv_rank:
             fused = self.query_width + 2 * self.kv_width
             return [(self.hidden, fused), (self.query_width, self.hidden)]
+        queries = self.heads * (self.dim + self.rope_dim)
+        steps = [self.hidden, self.q_rank, queries] if self.q_rank else [self.hidden, queries]
         return [
-            (self.hidden, self.q_rank),
-            (self.q_rank, self.heads * (self.dim + self.rope_dim)),
+            *pairwise(steps),
             (self.hidden, self.kv_rank + self.rope_dim),
             (self.kv_rank, self.heads * 2 * self.dim),
             (self.query_width, self.hidden),

@@ -28,11 +28,11 @@ class Engine:
     concurrent: int  # sequences at once
 
 
-def kv_bytes_per_token(shape: ModelShape, tp: int) -> float:
-    """On one GPU, bf16; multi-latent attention keeps the compressed keys and values on each."""
+def kv_bytes_per_token(shape: ModelShape, tp: int, number_bytes: int = 2) -> float:
+    """On one GPU; multi-latent attention keeps the compressed keys and values on each."""
     if shape.kv_rank:
-        return shape.layers * 2 * (shape.kv_rank + shape.rope_dim)
-    return shape.layers * 2 * 2 * max(shape.kv_width / tp, shape.dim)
+        return shape.layers * number_bytes * (shape.kv_rank + shape.rope_dim)
+    return shape.layers * number_bytes * 2 * max(shape.kv_width / tp, shape.dim)
 
 
 def engine(shape: ModelShape, job: Job, gpu: Hardware, training: Memory) -> Engine:

@@ -3,26 +3,37 @@
 from __future__ import annotations
 
 import json
+import random
+from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from hpt_mega.config import ConfigError, compose, conf_dir
+from hpt_mega.data.balancing import plan_microbatches
 from hpt_mega.dryrun.command import as_json, print_whole
-from hpt_mega.dryrun.estimate import planned_shape
+from hpt_mega.dryrun.estimate import batch, planned_shape, stages
 from hpt_mega.dryrun.examine import Findings, examine, typical_ranks
+from hpt_mega.dryrun.rank import fake_job
+from hpt_mega.megatron.critic import ValueModel
+from hpt_mega.megatron.model import build_stage, transformer_config
 from hpt_mega.planning import MODELS, hardware
-from hpt_mega.resharding.mapping import family_for
+from hpt_mega.planning.memory import GIB
+from hpt_mega.resharding.mapping import ModelShape, family_for
 from tests.checkpoint.families import DEEPSEEK
 
 H100 = hardware("h100")
+FULL_SIZE = compose(["experiment=hpt_7b", "gate=both"])
 
 
 @pytest.fixture(autouse=True)
@@ -127,6 +138,97 @@ def test_memory_of_servers_elsewhere_or_asleep_is_the_trainers() -> None:
     assert elsewhere < fullest("rollout.server.sleep=true") < beside
 
 
+def shape_of(name: str) -> ModelShape:
+    config = json.loads((conf_dir() / f"model/published/{name}.json").read_text())
+    return family_for(config).read_shape(config)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(("pp", "dp"), [(1, 2), (2, 1)])
+def test_a_critic_takes_what_its_real_model_with_gradients_and_optimizer_does(
+    pp: int, dp: int, tied: bool
+) -> None:
+    cfg = compose(["experiment=hpt_7b", "algorithm=ppo", f"parallel.pp={pp}", f"parallel.dp={dp}"])
+    shape = replace(shape_of("qwen2_5_7b"), tied=tied)
+    found = stages(cfg, shape, H100)
+    for index, stage in enumerate(found):
+        with fake_job(index * 4 * dp, cfg.parallel) as layout, torch.device("meta"):
+            config = transformer_config(shape, cfg.parallel, torch.bfloat16)
+            untied = replace(shape, tied=False)
+            critic = build_stage(untied, config, layout.tp_size, kind=ValueModel)
+            parameters = sum(parameter.numel() for parameter in critic.parameters())
+        expected = parameters * (2 + 4 + 12 / dp) / GIB
+        assert stage.beside == {"critic": pytest.approx(expected, rel=1e-3)}
+
+
+def test_the_models_beside_the_policy_are_parts_of_the_memory() -> None:
+    def of(*overrides: str) -> dict[str, float]:
+        job = ["experiment=hpt_7b", *overrides]
+        (stage,) = as_json(compose(job), dryrun(*job, ranks=[0]))["stages"]
+        return {str(part): float(gib) for part, gib in stage.items()}
+
+    alone, ppo, grpo = of(), of("algorithm=ppo", "gate=rollouts"), of("algorithm=grpo", "gate=rollouts")
+    held_to = of("algorithm=grpo", "gate=rollouts", "algorithm.kl_coef=0.1")
+    assert grpo == alone
+    assert ppo["total"] == pytest.approx(alone["total"] + ppo["critic"])
+    assert held_to["reference"] == alone["weights"]
+    assert held_to["total"] == pytest.approx(alone["total"] + alone["weights"])
+    fp32 = of("precision=fp32")
+    # the optimizer of fp32 weights keeps two of three numbers a parameter
+    expected = {"weights": 2.0, "activations": 2.0, "gradients": 1.0, "optimizer": 2 / 3}
+    assert {part: fp32[part] / alone[part] for part in expected} == pytest.approx(expected)
+
+
+def test_a_server_of_fp32_weights_needs_four_bytes_a_parameter() -> None:
+    beside = ("experiment=hpt_70b", "precision=fp32", "rollout.server.gpu_memory_share=0.4")
+    # 70,553,706,496 parameters (the model card's 70.6 B) in 32 bits on 8 GPUs
+    assert "needs 32.9 for weights" in "\n".join(dryrun(*beside, ranks=[0]).problems)
+
+
+@pytest.mark.parametrize(
+    ("gate", "sequences"),
+    [
+        ("rollouts", 16),
+        ("switch", 16),  # rollouts or a demonstration
+        ("both", 18),  # a demonstration beside the rollouts
+        ("demonstrations", 2),
+    ],
+)
+def test_an_update_has_the_questions_of_the_largest_part(gate: str, sequences: int) -> None:
+    """Of 64 questions dealt out over 40 updates some have 2, each with 8 rollouts; one sequence a row."""
+    job = ("experiment=hpt_7b", "parallel.dp=1", f"gate={gate}")
+    cut = batch(compose([*job, "trainer.questions_per_step=64", "trainer.updates_per_step=40"]))
+    assert cut.row == cut.longest
+    assert cut.microbatches == sequences
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    questions=st.integers(1, 40),
+    updates=st.integers(1, 9),
+    dp=st.integers(1, 3),
+    vpp=st.integers(1, 2),
+    row=st.sampled_from([9216, 20000, 30000]),
+    shortest=st.sampled_from([1, 4000, 9216]),
+    seed=st.integers(0, 9),
+)
+def test_no_update_has_more_micro_batches_than_announced(
+    questions: int, updates: int, dp: int, vpp: int, row: int, shortest: int, seed: int
+) -> None:
+    cfg = replace(FULL_SIZE)
+    cfg.parallel = replace(cfg.parallel, dp=dp, pp=2, vpp=vpp)
+    cfg.trainer = replace(
+        cfg.trainer, questions_per_step=questions * dp, updates_per_step=updates, tokens_per_microbatch=row
+    )
+    dealt = Counter(index * updates // (questions * dp) for index in range(questions * dp))
+    rng = random.Random(seed)
+    lengths = [rng.randint(shortest, 9216) for _ in range(9 * max(dealt.values()))]
+    plan = plan_microbatches(lengths, row, dp, count_multiple=2 if vpp > 1 else 1)
+    assert len(plan[0]) <= batch(cfg).microbatches
+    if shortest == row:
+        assert len(plan[0]) == batch(cfg).microbatches
+
+
 def test_weights_that_are_here_are_compared_with_the_table(tmp_path: Path) -> None:
     config = LlamaConfig(
         hidden_size=24,
@@ -190,5 +292,4 @@ def test_a_rank_outside_the_job_is_refused() -> None:
 
 @pytest.mark.parametrize("name", ["llama3_1_70b", "qwen2_5_7b", "qwen3_235b_a22b"])
 def test_the_published_shape_is_the_planners(name: str) -> None:
-    config = json.loads((conf_dir() / f"model/published/{name}.json").read_text())
-    assert planned_shape(family_for(config).read_shape(config)).parameters() == MODELS[name].parameters()
+    assert planned_shape(shape_of(name)).parameters() == MODELS[name].parameters()

@@ -63,6 +63,23 @@ def test_hardware_of_the_users_own_is_taken(capsys: pytest.CaptureFixture[str]) 
         ("model=llama3_1_70b hardware=h100 gpus=64 distributed_optimizer=5", "expected true or false"),
         ("model=llama3_1_70b hardware=h100 gpus=64 model.tied=1", "expected true or false"),
         ("model=llama3_1_70b hardware=h100 gpus=64 hardware.memory_gib=big", "expected a number"),
+        (
+            "model=llama3_1_70b hardware=h100 gpus=64 hardware.memory_gib=inf",
+            "memory_gib=inf, expected a fin",
+        ),
+        (
+            "model=llama3_1_70b hardware=h100 gpus=64 hardware.memory_gib=nan",
+            "memory_gib=nan, expected a fin",
+        ),
+        (
+            "model=llama3_1_70b hardware=h100 gpus=64 hardware.gpus_per_node=8.5",
+            "gpus_per_node=8.5, expected a",
+        ),
+        (
+            "model=qwen3_30b_a3b hardware=h100 gpus=64 model.dense_layers=40",
+            "ffn=0 with model.dense_layers=40",
+        ),
+        ("model=llama3_1_70b hardware=h100 gpus=64 precision=fp32", "expected bf16 or fp8"),
         ("model=llama3_1_70b hardware=h100 gpus=64 parallel.microbatch=0", "microbatch=0, expected 1 or"),
         ("model=llama3_1_70b hardware=h100 gpus=64 recompute=some", "expected none, selective or full"),
         ("model=llama3_1_70b hardware=h100 gpus=64 paralel.tp=2", "did you mean parallel.tp"),
@@ -82,6 +99,14 @@ def test_what_cannot_be_is_an_error_of_one_line(
     assert words in captured.err
     assert captured.err.count("\n") == 1
     assert not captured.out
+
+
+def test_a_model_with_whole_queries_of_latent_attention_is_planned(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    line = "plan model=deepseek_v3 model.q_rank=0 hardware=h100 gpus=256 parallel.pp=8 parallel.ep=32 --json"
+    assert main(line.split()) == 0
+    assert json.loads(capsys.readouterr().out)["step_s"] > 0
 
 
 def test_a_micro_batch_and_recompute_given_alone_narrow_the_search(

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hpt_mega.planning import Job, Layout, PlanError, memory, model
+from hpt_mega.planning import MODELS, Job, Layout, PlanError, memory, model
 from hpt_mega.planning.job import layers_by_kind, stage_layers
 from hpt_mega.planning.memory import GIB, activation_bytes, microbatches_in_flight, stage_shards
 
@@ -94,13 +94,14 @@ def test_activations_are_those_of_korthikanti_for_a_plain_gpt() -> None:
 def test_stages_hold_every_layer_once_and_differ_by_one_layer_at_most(
     layers: int, pp: int, vpp: int, name: str
 ) -> None:
-    shape = model(name, layers=max(layers, pp * vpp))
+    layers = max(layers, pp * vpp)
+    shape = model(name, layers=layers, dense_layers=min(layers, MODELS[name].dense_layers))
     layout = Layout(pp=pp, vpp=vpp)
     stages = stage_layers(shape, layout)
     assert sum(stages) == shape.layers
     assert max(stages) - min(stages) <= 1
     kinds = layers_by_kind(shape, layout)
-    assert sum(experts for _, experts in kinds) == max(0, shape.moe_layers)
+    assert sum(experts for _, experts in kinds) == shape.moe_layers
     assert [dense + experts for dense, experts in kinds] == stages
 
 
@@ -123,6 +124,18 @@ def test_a_replicated_optimizer_takes_twelve_bytes_a_parameter() -> None:
     shape = model("llama3_1_8b")
     found = memory(shape, Job(8, distributed_optimizer=False), Layout())
     assert found.optimizer * GIB == pytest.approx(12 * shape.parameters(), rel=1e-4)
+
+
+def test_numbers_of_fp32_take_twice_the_room_and_its_optimizer_keeps_no_copy_of_the_weights() -> None:
+    shape = model("llama3_1_8b")
+    half, full = (
+        memory(shape, Job(8, distributed_optimizer=False, number_bytes=size), Layout()) for size in (2, 4)
+    )
+    assert full.weights == 2 * half.weights
+    assert full.activations == 2 * half.activations
+    assert full.optimizer * GIB == pytest.approx(8 * shape.parameters(), rel=1e-4)
+    # 4 weight + 4 gradient + 8 moments, as 2 + 4 + 12 in bf16 less the bf16 copy
+    assert full.held * GIB == pytest.approx(16 * shape.parameters(), rel=1e-4)
 
 
 def test_micro_batches_in_flight_are_those_of_the_schedules() -> None:

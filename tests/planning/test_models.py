@@ -57,6 +57,36 @@ def test_parameters_equal_those_of_transformers(name: str) -> None:
     assert model(name).parameters() == sum(parameter.numel() for parameter in built.parameters())
 
 
+def test_queries_of_latent_attention_may_be_whole() -> None:
+    """As those of DeepSeek-V2-Lite."""
+    config = AutoConfig.for_model(
+        "deepseek_v2",
+        num_hidden_layers=5,
+        hidden_size=96,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        intermediate_size=112,
+        moe_intermediate_size=40,
+        vocab_size=131,
+        n_routed_experts=8,
+        num_experts_per_tok=2,
+        n_shared_experts=2,
+        first_k_dense_replace=1,
+        q_lora_rank=None,
+        kv_lora_rank=24,
+        qk_nope_head_dim=16,
+        qk_rope_head_dim=8,
+        v_head_dim=16,
+        tie_word_embeddings=False,
+    )
+    with torch.device("meta"):
+        built = AutoModelForCausalLM.from_config(config)
+    sizes = {"layers": 5, "hidden": 96, "heads": 4, "head_dim": 16, "ffn": 112, "vocab": 131, "experts": 8}
+    sizes |= {"topk": 2, "expert_ffn": 40, "shared_ffn": 80, "dense_layers": 1}
+    shape = model("deepseek_v3", **sizes, q_rank=0, kv_rank=24, rope_dim=8)
+    assert shape.parameters() == sum(parameter.numel() for parameter in built.parameters())
+
+
 def test_every_preset_but_the_free_one_is_compared() -> None:
     assert set(MODELS) == {*CONFIGS, "deepseek_v3", "gpt"}
 
@@ -98,6 +128,18 @@ def test_active_parameters_count_the_experts_of_a_token() -> None:
         ({"experts": 8}, "topk"),
         ({"width": 3}, "unknown size model.width"),
         ({"kv_heads": 3}, "model.kv_heads=3"),
+        (
+            {"experts": 8, "topk": 2, "expert_ffn": 100, "shared_ffn": -50000},
+            "model.shared_ffn=-50000, expec",
+        ),
+        ({"head_dim": -8}, "model.head_dim=-8, expected 0 or above"),
+        ({"dense_layers": 40}, "model.dense_layers=40 of model.layers=24"),
+        (
+            {"experts": 8, "topk": 2, "expert_ffn": 9, "ffn": 0, "dense_layers": 1},
+            "model.ffn=0 with model.den",
+        ),
+        ({"kv_rank": 5}, "model.kv_rank=5 with model.rope_dim=0"),
+        ({"q_rank": 5}, "model.q_rank=5; expected"),
     ],
 )
 def test_sizes_that_cannot_be_are_refused(sizes: dict[str, int], words: str) -> None:
