@@ -294,9 +294,7 @@ def copy_companions(source: Path, out: Path, dtype: torch.dtype, **context: Any)
     """
     for path in source.iterdir():
         if path.is_file() and path.suffix in _COMPANIONS and path.name != INDEX:
-            shutil.copyfile(
-                path, out / path.name
-            )  # not its mode: config.json is written again
+            shutil.copyfile(path, out / path.name)  # not its mode: config.json is written again
     given = read_config(source)
     config = with_context(given, **context)
     if config_dtype(config) is dtype and "quantization_config" not in config and config == given:
