@@ -14,7 +14,7 @@ import sys
 import torch
 from torch import Tensor
 
-from hpt_mega.objective import Estimator, TokenBatch, algorithm
+from hpt_mega.objective import Estimator, TokenBatch, algorithm, rows
 from hpt_mega.scheduler import gate
 
 ROWS = ("sft", "reinforce", "grpo", "dr_grpo", "cispo", "luffy", "hpt")
@@ -58,11 +58,24 @@ def pushes(name: str, right: int) -> list[float]:
     return found.tolist()
 
 
+def is_shown(name: str) -> bool:
+    """Whether the row needs no more than `question` gives: no critic, no reference policy, no entropy."""
+    try:
+        pushes(name, right=1)
+    except ValueError:
+        return False
+    return True
+
+
 def main() -> None:
+    chosen = sys.argv[1:] or ROWS
+    shown = [row.name for row in rows() if is_shown(row.name)]
+    if others := [name for name in chosen if name not in shown]:
+        sys.exit(f"cannot show {', '.join(others)}; give some of: {', '.join(shown)}")
     for right in (1, 0):
         print(f"{right} of 4 rollouts right")
         print(f"  {'row':12}" + "".join(f"{f'rollout {i}':>12}" for i in range(1, 5)) + "  demonstration")
-        for name in sys.argv[1:] or ROWS:
+        for name in chosen:
             cells = ["-" if push != push else f"{push:+.4f}" for push in pushes(name, right)]
             print(f"  {name:12}" + "".join(f"{cell:>12}" for cell in cells[:4]) + f"{cells[4]:>15}")
 

@@ -43,6 +43,16 @@ def test_one_gradient_shows_that_hpt_learns_from_the_demonstration_where_grpo_le
     assert float(unsolved["sft"][4]) == pytest.approx(1 / 5)  # a mean over its five tokens
 
 
+def test_one_gradient_says_which_rows_it_can_show() -> None:
+    command = [sys.executable, str(EXAMPLES / "one_gradient.py"), "grpo", "nope", "dpo", "ppo"]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    assert ended.returncode == 1 and ended.stdout == ""
+    refused, said = ended.stderr.strip().split("; give some of: ")
+    assert refused == "cannot show nope, dpo, ppo"
+    shown = said.split(", ")
+    assert {"sft", "grpo", "hpt"} < set(shown) and list(one_gradient(*shown)[1]) == shown
+
+
 def test_own_task_trains_on_its_own_files_and_reward(tmp_path: Path) -> None:
     toy = settings(save_toy(tmp_path / "toy"))
     overrides = [one for one in toy if not one.startswith(("data.tasks", "data.train_questions"))]

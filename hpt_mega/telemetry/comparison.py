@@ -39,6 +39,7 @@ def write_comparison(folders: Sequence[Path], out: Path) -> Path:
     kept = comparable(found)
     runs = alike(kept)
     evaluated = sum(before.counts is not after.counts for before, after in zip(kept, runs, strict=True))
+    unmeasured = sum(accuracy(run) is None for run in runs)
     tables = _tables(runs)
     drawn = comparison_plots.draw(runs, out / "plots")
     title = f"{len(_methods(runs))} methods, {len(runs)} runs"
@@ -46,12 +47,13 @@ def write_comparison(folders: Sequence[Path], out: Path) -> Path:
         [
             f"models: {', '.join(_cells(runs))}",
             f"seeds: {', '.join(map(str, sorted({run.seed for run in runs})))}",
-            f"{max(run.records[-1]['step'] for run in runs)} steps each",
+            _steps(runs),
             *(f"{key} differs too" for key in unnamed(runs)),
             *_left_out(unfinished(folders), "unfinished"),
             *_left_out(len(every) - len(found), "made again"),
             *_left_out(len(found) - len(kept), "without a partner in every method"),
             *([f"left out: the evaluations of {evaluated}, which others lack"] if evaluated else []),
+            *([f"without a held-out accuracy: {unmeasured}"] if unmeasured else []),
         ]
     )
     figures = "".join(page.figure(plot.svg, plot.caption) for plot in drawn)
@@ -64,6 +66,11 @@ def write_comparison(folders: Sequence[Path], out: Path) -> Path:
     path = out / "comparison.html"
     write_atomically(path, page.page(title, "\n".join(parts)))
     return path
+
+
+def _steps(runs: Sequence[Finished]) -> str:
+    taken = sorted({run.records[-1]["step"] for run in runs})
+    return f"{taken[0]} steps each" if len(taken) == 1 else f"{taken[0]} to {taken[-1]} steps"
 
 
 def _left_out(runs: int, why: str) -> list[str]:
@@ -159,13 +166,13 @@ def _base_note(runs: Sequence[Finished]) -> str:
 
 
 def _differences(runs: Sequence[Finished], method: str) -> dict[str, list[float]]:
-    """By model, the reference's accuracy less the method's on each seed that both were run on."""
-    reference = {(run.cell, run.seed): _known(accuracy(run)) for run in _of(runs, _methods(runs)[0])}
+    """By model, the reference's accuracy less the method's on each seed that both were measured on."""
+    reference = {(run.cell, run.seed): accuracy(run) for run in _of(runs, _methods(runs)[0])}
     found: dict[str, list[float]] = {}
     for run in _of(runs, method):
-        if (run.cell, run.seed) in reference:
-            difference = reference[run.cell, run.seed] - _known(accuracy(run))
-            found.setdefault(run.cell, []).append(difference)
+        against, own = reference.get((run.cell, run.seed)), accuracy(run)
+        if against is not None and own is not None:
+            found.setdefault(run.cell, []).append(against - own)
     return found
 
 
@@ -212,15 +219,16 @@ def _by_task(runs: Sequence[Finished]) -> Table:
     for task in tasks:
         row = [f"{task} (other kind)" if task in runs[0].outside else task]
         for method in _methods(runs):
-            shares = [_of_tasks_named(run, task) for run in _of(runs, method) if run.counts]
-            row.append(_percent(fmean(shares)) if shares else "–")
+            shares = [_of_task(run, task) for run in _of(runs, method)]
+            known = [share for share in shares if share is not None]
+            row.append(_percent(fmean(known)) if known else "–")
         rows.append(row)
     return Table("By kind of question", "Mean accuracy, percent.", ["kind", *_methods(runs)], rows)
 
 
-def _of_tasks_named(run: Finished, task: str) -> float:
-    assert run.counts is not None
-    return _known(_share(run, [q for q, of in run.counts.task.items() if of == task]))
+def _of_task(run: Finished, task: str) -> float | None:
+    """None where the run was not asked any of the task."""
+    return _share(run, [q for q, of in run.counts.task.items() if of == task]) if run.counts else None
 
 
 def _course(runs: Sequence[Finished]) -> Table:
@@ -270,15 +278,12 @@ def _of(runs: Sequence[Finished], method: str) -> list[Finished]:
     return [run for run in runs if run.method == method]
 
 
-def _known(value: float | None) -> float:
-    assert value is not None
-    return value
-
-
 def _mean(runs: Sequence[Finished], score: Score) -> str:
-    if not runs:
+    """A dash where there is no run, or one that was not measured: the others are on other seeds."""
+    known = [(run.cell, value) for run in runs if (value := score(run)) is not None]
+    if not runs or len(known) < len(runs):
         return "–"
-    cells = [[_known(score(run)) for run in runs if run.cell == cell] for cell in _cells(runs)]
+    cells = [[value for at, value in known if at == cell] for cell in _cells(runs)]
     return _with_width(_percent, mean(cells))
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -138,9 +139,13 @@ def _draw(what: _Figure, runs: Sequence[Finished], folder: Path) -> Plot:
         _scale(axes, what)
     panels[0].set_ylim(bottom=0)  # the panels share it; once set, it no longer follows what is drawn
     panels[0].set_ylabel(what.unit)
-    lines, labels = panels[0].get_legend_handles_labels()
+    drawn = [zip(*axes.get_legend_handles_labels(), strict=True) for axes in panels]
+    lines = {label: line for line, label in chain.from_iterable(drawn)}  # a method may be of one model alone
     figure.suptitle(what.title, x=0.01, ha="left", fontsize=11.5, fontweight="bold")
-    figure.legend(lines, labels, loc="outside lower center", ncols=min(8, len(labels)), columnspacing=1.4)
+    columns = min(8, len(lines))
+    figure.legend(
+        list(lines.values()), list(lines), loc="outside lower center", ncols=columns, columnspacing=1.4
+    )
     figure.savefig(folder / f"{what.name}.png", dpi=160, facecolor="white")
     return Plot(what.name, what.caption, as_svg(figure, what.title))
 

@@ -28,11 +28,11 @@ def append(path: Path, *records: Mapping[str, Any]) -> None:
         os.fsync(file.fileno())
 
 
-def read(path: Path) -> list[Record]:
+def read(path: Path, *needed: str) -> list[Record]:
     """All records, none where the file is absent.
 
     A last line without its end is left out: a kill tore it, or the run is writing it now. Raises
-    DamagedFileError for any other line that is no JSON object.
+    DamagedFileError for any other line that is no JSON object, or lacks a needed key.
     """
     if not path.is_file():
         return []
@@ -46,6 +46,10 @@ def read(path: Path) -> list[Record]:
             ) from error
         if not isinstance(record, dict):
             raise DamagedFileError(f"{path}, line {number}: expected a JSON object, got {line[:40]!r}")
+        if lacking := [key for key in needed if key not in record]:
+            raise DamagedFileError(
+                f"{path}, line {number} holds no {', '.join(lacking)}; expected what the run has written"
+            )
         records.append(record)
     return records
 
@@ -64,7 +68,7 @@ def read_object(path: Path, *needed: str) -> Record:
 
 def cut(path: Path, last_step: int) -> None:
     """Leave the records up to `last_step`, or the whole old file where a kill interrupts this."""
-    write_atomically(path, _lines([record for record in read(path) if record["step"] <= last_step]))
+    write_atomically(path, _lines([record for record in read(path, "step") if record["step"] <= last_step]))
 
 
 def _lines(records: Any) -> str:

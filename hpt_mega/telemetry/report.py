@@ -17,6 +17,8 @@ from hpt_mega.telemetry.records import Record, read
 from hpt_mega.telemetry.summary import Summary, summarise
 from hpt_mega.telemetry.terminal import duration, percent, points
 
+SHOWN = ("step", "question", "response", "answer", "reward")  # of a sample
+
 
 def write_report(run_dir: Path, out: Path | None = None) -> Path:
     """Write report.html and plots/ from what the run left so far, into RUN_DIR or `out`; returns the page.
@@ -25,7 +27,7 @@ def write_report(run_dir: Path, out: Path | None = None) -> Path:
     """
     config_path = run_dir / "config.yaml"
     cfg = load(config_path)
-    records = read(run_dir / "metrics.jsonl")
+    records = read(run_dir / "metrics.jsonl", "step")
     summary_path = run_dir / "summary.json"
     finished = summary_path.is_file()
     summary = Summary.load(summary_path) if finished else summarise(records, cfg)
@@ -37,7 +39,7 @@ def write_report(run_dir: Path, out: Path | None = None) -> Path:
         _accuracy(summary, accuracy),
         _curves(list(drawn.values()), declines(records)),
         _time(summary, time_by_phase),
-        _samples(read(run_dir / "samples.jsonl")),
+        _samples(read(run_dir / "samples.jsonl", *SHOWN)),
         _config(config_path.read_text(encoding="utf-8"), summary if finished else None),
     ]
     path = (out or run_dir) / "report.html"
@@ -150,7 +152,7 @@ def _samples(samples: Sequence[Record]) -> str:
     return page.section(
         "Samples",
         "From the first and the last step: for each question one response of every reward it got.",
-        page.texts(("step", "question", "response", "answer", "reward"), rows),
+        page.texts(SHOWN, rows),
     )
 
 

@@ -57,7 +57,7 @@ class RunLog:
             saved = Path(self._cfg.debug.save)
             if self._resume_step is not None and saved.is_file():
                 records.cut(saved, self._resume_step)
-            for record in records.read(self._metrics):
+            for record in records.read(self._metrics, "step"):
                 self._decline.observe(record)
             self._loggers = open_loggers(self._cfg.telemetry.loggers, self._run_dir)
             if self._cfg.telemetry.prometheus_port:
@@ -115,6 +115,6 @@ class RunLog:
             return
         from hpt_mega.telemetry.report import write_report  # imports matplotlib, which takes a second
 
-        summary = summarise(records.read(self._metrics), self._cfg, timing)
+        summary = summarise(records.read(self._metrics, "step"), self._cfg, timing)
         summary.save(self._run_dir / "summary.json")
         self._terminal.finished(summary, write_report(self._run_dir))

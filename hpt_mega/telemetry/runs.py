@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from hpt_mega.config import ConfigError, flattened
-from hpt_mega.telemetry.records import Record, read, read_object
+from hpt_mega.telemetry.records import DamagedFileError, Record, read, read_object
 from hpt_mega.telemetry.summary import holds
 
 OF_A_RUN = ("metrics.jsonl", "summary.json")  # one of them is in the folder of any run that has begun
+OF_A_SUMMARY = ("config", "seed", "seconds", "final_accuracy")  # what a comparison reads of it
 LABEL, COUNTS = "label.json", "counts.json"
 ALGORITHM, GATE = "algorithm.name", "gate."
 IMPLIED = ("algorithm.options.", GATE)  # keys that come with an algorithm
@@ -66,7 +67,7 @@ def find(folders: Sequence[Path]) -> list[Finished]:
     """All finished runs in and below the folders.
 
     Raises ConfigError where there are none, or one of the folders holds not even a begun one;
-    DamagedFileError where a file of a run cannot be read.
+    DamagedFileError where a file of a run cannot be read, or its metrics.jsonl is gone or empty.
     """
     for folder in folders:
         if not folder.is_dir():
@@ -81,7 +82,7 @@ def find(folders: Sequence[Path]) -> list[Finished]:
         raise ConfigError(
             f"no finished run of `hpt train` (a folder with metrics.jsonl and summary.json) in {listed}"
         )
-    summaries = {home: read_object(home / "summary.json", "config", "seed") for home in homes}
+    summaries = {home: read_object(home / "summary.json", *OF_A_SUMMARY) for home in homes}
     names = _names({home: summary["config"] for home, summary in summaries.items()})
     return [_load(home, summaries[home], names[home]) for home in homes]
 
@@ -129,14 +130,24 @@ def alike(runs: Sequence[Finished]) -> list[Finished]:
 
 def _load(home: Path, summary: dict[str, Any], name: str) -> Finished:
     stages = [*sorted(home.glob("stage*")), home]
-    common: dict[str, Any] = {"folder": home, "records": _joined([read(s / "metrics.jsonl") for s in stages])}
-    common |= {"summary": summary, "counts": Counts.load(home / "eval" / COUNTS)}
+    records = _joined([_records(stage / "metrics.jsonl") for stage in stages])
+    common: dict[str, Any] = {"folder": home, "records": records, "summary": summary}
+    common |= {"counts": Counts.load(home / "eval" / COUNTS)}
     if not (home / LABEL).is_file():
         model = Path(summary["config"]["model"]["path"])
         return Finished(method=name, cell=model.name, seed=summary["seed"], **common)
     label = read_object(home / LABEL, "base")
     base = Counts.load(home / label.pop("base"))
     return Finished(**label, base=base, **common)
+
+
+def _records(path: Path) -> list[Record]:
+    if found := read(path, "step"):
+        return found
+    raise DamagedFileError(
+        f"{path} is gone or empty; expected a line a step, as the run has ended. Restore it, or move "
+        f"{path.parent} away"
+    )
 
 
 def _joined(parts: Sequence[Sequence[Record]]) -> list[Record]:

@@ -200,6 +200,68 @@ def test_an_algorithm_s_name_will_do_where_it_tells_runs_apart_and_what_else_dif
     assert unnamed(found) == []
 
 
+def test_two_labs_without_a_shared_task_are_compared_each_by_its_own(lab: Path) -> None:
+    for folder in lab.glob("large/grpo*"):
+        counts = json.loads((folder / "eval" / COUNTS).read_text())
+        counts["task"] = dict.fromkeys(counts["task"], "product")
+        (folder / "eval" / COUNTS).write_text(json.dumps(counts))
+    for folder in [*lab.glob("small/grpo*"), *lab.glob("large/hpt*"), *lab.glob("*/other*")]:
+        shutil.rmtree(folder)
+    write_comparison([lab], lab)
+    markdown = (lab / "comparison.md").read_text()
+    assert rows(markdown, "By kind of question") == {
+        "kind": ["hpt", "grpo"], "product": ["–", "21.9"],
+        "sum 2": ["93.8", "–"], "sum 3": ["100.0", "–"], "sum 9 (other kind)": ["0.0", "–"],
+    }  # fmt: skip
+    assert rows(markdown, "Held-out accuracy after training")["grpo"][-3:] == ["–", "–", "–"]
+
+
+def test_a_run_without_an_accuracy_leaves_a_dash_and_no_pair(tmp_path: Path) -> None:
+    for method in ("hpt", "grpo"):
+        for seed in (1, 2):
+            make(tmp_path / method / str(seed), f"algorithm={method}", seed=seed, final=0.25 * seed)
+    path = tmp_path / "grpo" / "2" / "summary.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"final_accuracy": None}))
+    write_comparison([tmp_path], tmp_path)
+    markdown = (tmp_path / "comparison.md").read_text()
+    assert "· without a held-out accuracy: 1\n" in markdown
+    by_model = rows(markdown, "By model")
+    assert by_model["hpt"][0].startswith("37.5 ± ") and by_model["grpo"] == ["–", "+0.0"]
+    for path in tmp_path.glob("*/*/summary.json"):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"final_accuracy": None}))
+    write_comparison([tmp_path], tmp_path)
+    assert rows((tmp_path / "comparison.md").read_text(), "By model")["hpt"][0] == "–"
+
+
+def test_runs_of_unlike_length_are_not_said_to_be_of_one(tmp_path: Path) -> None:
+    make(tmp_path / "hpt", "algorithm=hpt")
+    short = make(tmp_path / "grpo", "algorithm=grpo") / "metrics.jsonl"
+    assert f"· {STEPS} steps each" in write_comparison([tmp_path], tmp_path).read_text()
+    short.write_text("".join(short.read_text().splitlines(keepends=True)[:8]))
+    assert f"· 7 to {STEPS} steps" in write_comparison([tmp_path], tmp_path).read_text()
+
+
+@pytest.mark.parametrize("gone", [True, False])
+def test_a_finished_run_whose_metrics_are_lost_is_named(
+    gone: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folders = [str(make(tmp_path / name, f"algorithm={name}")) for name in ("hpt", "grpo")]
+    metrics = tmp_path / "grpo" / "metrics.jsonl"
+    metrics.unlink() if gone else metrics.write_text("")
+    for given in (folders, [str(tmp_path)], *([folders[1:]] if gone else [])):
+        assert main(["report", *given]) == 1
+        error = capsys.readouterr().err
+        assert error.startswith(f"error: {metrics} is gone or empty; expected a line a step")
+        assert error.count("\n") == 1
+
+
+def test_a_summary_that_lacks_what_is_compared_is_named(tmp_path: Path) -> None:
+    path = make(tmp_path / "a") / "summary.json"
+    path.write_text(json.dumps({"config": {}, "seed": 1, "seconds": {}}))
+    with pytest.raises(DamagedFileError, match=r"a/summary\.json holds no final_accuracy"):
+        find([tmp_path])
+
+
 def test_a_folder_without_finished_runs_is_named(tmp_path: Path) -> None:
     make(tmp_path / "mixed" / "a")
     (tmp_path / "empty").mkdir()

@@ -40,6 +40,15 @@ def test_damage_elsewhere_is_named_by_file_and_line(tmp_path: Path, damage: str)
         records.read(path)
 
 
+def test_a_line_without_a_needed_key_is_named_by_file_and_line(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "loss": 2}\n{"loss": 1}\n')
+    assert records.read(path, "loss") == [{"step": 1, "loss": 2}, {"loss": 1}]
+    for refused in (lambda: records.read(path, "step", "loss"), lambda: records.cut(path, 1)):
+        with pytest.raises(records.DamagedFileError, match=r"metrics\.jsonl, line 2 holds no step; expected"):
+            refused()
+
+
 def test_cutting_leaves_earlier_lines_byte_for_byte(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     records.append(path, *({"step": step, "loss": step / 3, "nan": float("nan")} for step in range(5)))

@@ -198,6 +198,18 @@ def test_a_report_lies_where_it_is_asked_for_and_names_a_damaged_file(
         (run / "summary.json").write_text("{}")
 
 
+@pytest.mark.parametrize(("name", "key"), [("metrics.jsonl", "step"), ("samples.jsonl", "question")])
+def test_a_line_that_lacks_what_the_report_needs_is_named(
+    name: str, key: str, cfg: Config, open_log: OpenLog, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log_whole_run(open_log())
+    path = Path(cfg.run_dir) / name
+    path.write_text(path.read_text().replace(f'"{key}": ', '"other": ', 1))
+    capsys.readouterr()
+    assert main(["report", cfg.run_dir]) == 1
+    assert f"{name}, line 1 holds no {key}; expected" in capsys.readouterr().err
+
+
 def test_a_folder_without_its_config_is_refused(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text(json.dumps(initial()) + "\n")
     with pytest.raises(ConfigError, match=r"config\.yaml does not exist"):
