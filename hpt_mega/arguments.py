@@ -1,4 +1,4 @@
-"""Words of a command line: kinds of option values, whose refusals say what was expected; settings in quotes."""
+"""Words of command lines: kinds of options, whose refusals say what was expected, and quoted settings."""
 
 from __future__ import annotations
 

@@ -142,10 +142,8 @@ def _draw(what: _Figure, runs: Sequence[Finished], folder: Path) -> Plot:
     drawn = [zip(*axes.get_legend_handles_labels(), strict=True) for axes in panels]
     lines = {label: line for line, label in chain.from_iterable(drawn)}  # a method may be of one model alone
     figure.suptitle(what.title, x=0.01, ha="left", fontsize=11.5, fontweight="bold")
-    columns = min(8, len(lines))
-    figure.legend(
-        list(lines.values()), list(lines), loc="outside lower center", ncols=columns, columnspacing=1.4
-    )
+    handles, labels = list(lines.values()), list(lines)
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(8, len(labels)), columnspacing=1.4)
     figure.savefig(folder / f"{what.name}.png", dpi=160, facecolor="white")
     return Plot(what.name, what.caption, as_svg(figure, what.title))
 
