@@ -91,8 +91,8 @@ _NOTES = """\
   too: the policy that learns is the one that was sampled.
 - **std.** Unbiased (n - 1), plus `std_eps`; a group whose rewards are all equal has advantage 0.
 - **kl_in=reward** takes the KL of the policy that sampled and subtracts it before the advantage; kl_in=loss
-  adds it to the loss, on every token trained on. Advantages that read a reward as right or wrong (correct, sign,
-  group_ratio) are trained with the latter only.
+  adds it to the loss, on every token trained on. Advantages that read a reward as right or wrong (correct,
+  sign, group_ratio) take the latter only.
 """
 
 
