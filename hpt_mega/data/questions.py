@@ -120,21 +120,29 @@ def check_complete(
         )
 
 
+def _parts(questions: Sequence[Question]) -> Sequence[Sequence[Question]]:
+    return questions.parts if isinstance(questions, Joined) else [questions]
+
+
 def _answers(questions: Sequence[Question]) -> list[str]:
-    if isinstance(questions, Joined):
-        return [answer for part in questions.parts for answer in _answers(part)]
-    if isinstance(questions, StoredQuestions):
-        return questions.answers
-    return [question.answer for question in questions]
+    return [
+        answer
+        for part in _parts(questions)
+        for answer in (part.answers if isinstance(part, StoredQuestions) else [one.answer for one in part])
+    ]
 
 
 def _demonstrated(questions: Sequence[Question]) -> list[bool]:
     """Whether each has a demonstration."""
-    if isinstance(questions, Joined):
-        return [has for part in questions.parts for has in _demonstrated(part)]
-    if isinstance(questions, StoredQuestions):
-        return (questions.lengths[:, 1] > 0).tolist()
-    return [bool(question.demonstration_tokens) for question in questions]
+    return [
+        bool(length)
+        for part in _parts(questions)
+        for length in (
+            part.lengths[:, 1]
+            if isinstance(part, StoredQuestions)
+            else [len(one.demonstration_tokens) for one in part]
+        )
+    ]
 
 
 def _generate(
@@ -165,12 +173,11 @@ def _mixed(questions: Sequence[Question], seed: int) -> Sequence[Question]:
 
 
 def _texts(questions: Sequence[Question]) -> set[str]:
-    if isinstance(questions, Joined):
-        return {text for part in questions.parts for text in _texts(part)}
-    prompts = (
-        questions.prompts if isinstance(questions, StoredQuestions) else [one.prompt for one in questions]
-    )
-    return {normalised(prompt) for prompt in prompts}
+    return {
+        normalised(prompt)
+        for part in _parts(questions)
+        for prompt in (part.prompts if isinstance(part, StoredQuestions) else [one.prompt for one in part])
+    }
 
 
 def _stored(
